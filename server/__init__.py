@@ -1,0 +1,1 @@
+"""The service: HTTP, engines, policies and metrics around `probes`."""

@@ -1,0 +1,1 @@
+"""The wire: OpenAI-shaped requests in, responses and server-sent events out."""

@@ -1,0 +1,1 @@
+"""Engines: one seam (`base.py`), a deterministic fake, transformers; nothing here knows HTTP."""
