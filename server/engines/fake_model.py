@@ -1,0 +1,130 @@
+"""What the fake engine serves: a byte-level tokenizer and a probe, both built in code."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from probes.calibration import OperatingPoint, Platt
+from probes.cett import FORMULA_VERSION
+from probes.probe import (
+    SCHEMA_VERSION,
+    EvaluationRow,
+    ModelIdentity,
+    Probe,
+    ProbeCard,
+    ResponseRule,
+    TokenRule,
+)
+from probes.spans import Pooling
+
+# A token id below 256 is that byte; the rest are special tokens.
+EOS, IM_START, IM_END = 256, 257, 258
+VOCAB_SIZE = 259
+_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def fake_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per UTF-8 byte, ChatML turns."""
+    alphabet = _byte_alphabet()
+    model = models.BPE(vocab={char: byte for byte, char in enumerate(alphabet)}, merges=[])
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in _SPECIAL])
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        chat_template=_CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def fake_identity() -> ModelIdentity:
+    """The model that the fake engine pretends to be."""
+    return ModelIdentity(
+        model_id="fake",
+        revision="",
+        config_digest=_digest("config"),
+        weights_fingerprint=_digest("weights"),
+        tokenizer_sha256=_digest("tokenizer"),
+        chat_template_sha256=_digest("template"),
+        dtype="float32",
+        num_layers=4,
+        intermediate_size=64,
+        hidden_size=16,
+        vocab_size=VOCAB_SIZE,
+    )
+
+
+def fake_probe(
+    name: str = "fake", *, position: Literal["read", "write"] = "read", default: str = "fpr_5"
+) -> Probe:
+    """A probe bound to the fake model; its logits are made up by `FakeEngine`.
+
+    `default` names the operating point that is used when a request sets no threshold.
+    """
+    points = tuple(
+        OperatingPoint(name=f"fpr_{p}", threshold=t, false_positive_rate=p / 100, recall=r)
+        for p, t, r in ((1, 0.9, 0.5), (5, 0.5, 0.8), (10, 0.3, 0.9))
+    )
+    calibration = Platt(slope=1.0, intercept=0.0)
+    card = ProbeCard(
+        schema_version=SCHEMA_VERSION,
+        formula_version=FORMULA_VERSION,
+        name=name,
+        position=position,
+        heads=("token", "answer"),
+        token=TokenRule(
+            head="token", calibration=calibration, operating_points=points, default=default
+        ),
+        response=ResponseRule(
+            head="answer",
+            pooling=Pooling(kind="max_window", window=2),
+            calibration=Platt(slope=2.0, intercept=0.0),
+            operating_points=points,
+            default=default,
+        ),
+        model=fake_identity(),
+        training={"data": "none"},
+        evaluation=(
+            EvaluationRow(dataset="digits", detector="probe", metric="auroc", value=1.0, n=10),
+        ),
+        reliability=(),
+        not_good_for=("anything: it reads no model",),
+        libraries={},
+        created="2026-11-23",
+        tensors_sha256=_digest(f"probe {name} {position}"),
+        known_answers=(),
+    )
+    layers = torch.arange(4)
+    return Probe(
+        card=card,
+        layer=layers,
+        neuron=layers * 10,
+        weight=torch.tensor([[1.0, 0.5], [0.5, 0.25], [0.25, 0.125], [-0.125, -0.0625]]),
+        column_norm=torch.ones(4),
+        suppress=torch.tensor([True, True, True, False]),
+        bias=torch.tensor([-3.0, -1.5]),
+    )
+
+
+def _byte_alphabet() -> list[str]:
+    """The characters that stand for bytes 0..255 in byte-level tokenizers (GPT-2's table)."""
+    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    moved = iter(range(256, 512))
+    return [chr(byte) if byte in kept else chr(next(moved)) for byte in range(256)]
+
+
+def _digest(word: str) -> str:
+    return hashlib.sha256(f"hneurons fake {word}".encode()).hexdigest()

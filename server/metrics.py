@@ -1,0 +1,218 @@
+"""Every metric of the server, declared once, in a registry of its own.
+
+Names begin with `hneurons_` and follow Prometheus' rules: base units, `_total` for counters. Label
+values come from closed sets only (served model, loaded probes, fixed words), never from a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from server.engines.base import Health
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+# vLLM's time buckets, so that its dashboards can be reused.
+_FIRST_TOKEN_SECONDS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5),
+    *(10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+_INTER_TOKEN_SECONDS = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5),
+    *(10.0, 20.0, 40.0, 80.0),
+)
+_REQUEST_SECONDS = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+_RISK = tuple(round(0.05 * step, 2) for step in range(1, 21))
+
+
+class Metrics:
+    """Counters and histograms of one server; the engine's gauges are read when scraped."""
+
+    def __init__(self, *, model_name: str, health: Callable[[], Health] | None = None) -> None:
+        self.registry = CollectorRegistry()
+        self._model_name = model_name
+        self._requests = self._counter("requests", "Requests that passed validation.", ["endpoint"])
+        self._choices = self._counter(
+            "choices", "Generated choices by the way they ended.", ["finished_reason"]
+        )
+        self._rejected = self._counter(
+            "rejected_requests", "Requests answered with an error before generation.", ["reason"]
+        )
+        self._failures = self._counter(
+            "failed_requests", "Requests that failed after they were accepted.", ["reason"]
+        )
+        self._aborts = self._counter(
+            "aborted_requests", "Generations ended because nobody waits for them.", ["reason"]
+        )
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens.", [])
+        self._generation_tokens = self._counter("generation_tokens", "Written tokens.", [])
+        self._scored = self._counter("scored_tokens", "Tokens with a risk.", ["probe"])
+        self._unscored = self._counter(
+            "unscored_tokens", "Tokens whose risk is null, by reason.", ["probe", "reason"]
+        )
+        self._flagged = self._counter(
+            "flagged_tokens", "Tokens at or above their threshold.", ["probe"]
+        )
+        self._responses = self._counter(
+            "monitored_responses", "Choices with risk, by status.", ["probe", "status"]
+        )
+        self._flagged_responses = self._counter(
+            "flagged_responses", "Choices at or above the response threshold.", ["probe"]
+        )
+        self._suppressed = self._counter(
+            "suppressed_responses",
+            "Choices generated or scored with alpha other than 1.",
+            ["probe"],
+        )
+        self._actions = self._counter(
+            "policy_actions", "What a policy did to an answer.", ["probe", "action"]
+        )
+        self._token_risk = self._histogram(
+            "token_risk_ratio", "Risk of a token, higher is worse.", ["probe", "suppressed"], _RISK
+        )
+        self._response_risk = self._histogram(
+            "response_risk_ratio",
+            "Risk of a choice, higher is worse.",
+            ["probe", "suppressed"],
+            _RISK,
+        )
+        self._first_token = self._histogram(
+            "time_to_first_token_seconds",
+            "From the request to its first written token.",
+            [],
+            _FIRST_TOKEN_SECONDS,
+        )
+        self._inter_token = self._histogram(
+            "inter_token_latency_seconds",
+            "Between two written tokens of a choice.",
+            [],
+            _INTER_TOKEN_SECONDS,
+        )
+        self._request_seconds = self._histogram(
+            "request_duration_seconds",
+            "From the request to the end of its answer.",
+            ["endpoint"],
+            _REQUEST_SECONDS,
+        )
+        self._probe_info = Gauge(
+            "hneurons_probe_info",
+            "Probes that are loaded; always 1.",
+            ["model_name", "probe", "position"],
+            registry=self.registry,
+        )
+        if health is not None:
+            self.registry.register(_EngineCollector(model_name, health))
+
+    def probe_loaded(self, probe: str, *, position: str) -> None:
+        self._probe_info.labels(self._model_name, probe, position).set(1)
+
+    def request_accepted(self, endpoint: str, *, prompt_tokens: int) -> None:
+        self._requests.labels(self._model_name, endpoint).inc()
+        self._prompt_tokens.labels(self._model_name).inc(prompt_tokens)
+
+    def request_rejected(self, reason: str) -> None:
+        """`reason` must be one of our own words (an error code), never client input."""
+        self._rejected.labels(self._model_name, reason).inc()
+
+    def request_failed(self, reason: str) -> None:
+        self._failures.labels(self._model_name, reason).inc()
+
+    def request_aborted(self, reason: str) -> None:
+        self._aborts.labels(self._model_name, reason).inc()
+
+    def request_finished(self, endpoint: str, *, seconds: float) -> None:
+        self._request_seconds.labels(self._model_name, endpoint).observe(seconds)
+
+    def first_token(self, seconds: float) -> None:
+        self._first_token.labels(self._model_name).observe(seconds)
+
+    def inter_token(self, seconds: float) -> None:
+        self._inter_token.labels(self._model_name).observe(seconds)
+
+    def choice_finished(self, finished_reason: str, *, tokens: int) -> None:
+        self._choices.labels(self._model_name, finished_reason).inc()
+        self._generation_tokens.labels(self._model_name).inc(tokens)
+
+    def policy_acted(self, probe: str, *, action: str) -> None:
+        self._actions.labels(self._model_name, probe, action).inc()
+
+    def response_monitored(
+        self,
+        probe: str,
+        *,
+        status: str,
+        alpha: float,
+        score: float | None,
+        is_flagged: bool | None,
+        risks: Sequence[float | None],
+        flagged_tokens: int,
+        unscored: dict[str, int],
+    ) -> None:
+        """One choice, or one given text: its status, its risks, what could not be scored."""
+        model = self._model_name
+        suppressed = "false" if alpha == 1 else "true"
+        self._responses.labels(model, probe, status).inc()
+        self._flagged.labels(model, probe).inc(flagged_tokens)
+        if alpha != 1:
+            self._suppressed.labels(model, probe).inc()
+        if is_flagged:
+            self._flagged_responses.labels(model, probe).inc()
+        if score is not None:
+            self._response_risk.labels(model, probe, suppressed).observe(score)
+        scored = [risk for risk in risks if risk is not None]
+        self._scored.labels(model, probe).inc(len(scored))
+        histogram = self._token_risk.labels(model, probe, suppressed)
+        for risk in scored:
+            histogram.observe(risk)
+        for reason, count in unscored.items():
+            self._unscored.labels(model, probe, reason).inc(count)
+
+    def render(self) -> bytes:
+        """The page for `GET /metrics`, of type `CONTENT_TYPE`."""
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, text: str, labels: Iterable[str]) -> Counter:
+        return Counter(f"hneurons_{name}", text, ["model_name", *labels], registry=self.registry)
+
+    def _histogram(
+        self, name: str, text: str, labels: Iterable[str], buckets: Sequence[float]
+    ) -> Histogram:
+        names = ["model_name", *labels]
+        return Histogram(f"hneurons_{name}", text, names, buckets=buckets, registry=self.registry)
+
+
+class _EngineCollector(Collector):
+    """The engine's own totals, read at the moment of the scrape."""
+
+    def __init__(self, model_name: str, health: Callable[[], Health]) -> None:
+        self._model_name = model_name
+        self._health = health
+
+    def collect(self) -> Iterator[Metric]:
+        health = self._health()
+        gauges = {
+            "engine_alive": ("1 while the engine can work.", float(health.alive)),
+            "requests_running": ("Requests that are decoding.", health.running),
+            "requests_waiting": ("Requests in the queue.", health.waiting),
+            "waiting_prompt_tokens": ("Prompt tokens in the queue.", health.waiting_tokens),
+            "seconds_since_step": ("Since the last pass; 0 while idle.", health.seconds_since_step),
+        }
+        counters = {
+            "meter_seconds": ("Time spent in the meter.", health.meter_seconds_total),
+            "forward_seconds": ("Time in forward passes.", health.forward_seconds_total),
+        }
+        for name, (text, value) in gauges.items():
+            gauge = GaugeMetricFamily(f"hneurons_{name}", text, labels=["model_name"])
+            gauge.add_metric([self._model_name], value)
+            yield gauge
+        for name, (text, value) in counters.items():
+            counter = CounterMetricFamily(f"hneurons_{name}", text, labels=["model_name"])
+            counter.add_metric([self._model_name], value)
+            yield counter

@@ -1,0 +1,46 @@
+"""What a request handler needs, in one frozen object at `app.state.service`: plain values only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from probes.probe import Probe
+from server.engines.base import Engine
+from server.metrics import Metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """One engine and how it is offered."""
+
+    engine: Engine
+    metrics: Metrics
+    served_names: tuple[str, ...]  # the model's names on the wire; the first is echoed
+    created: int  # Unix seconds, when the model was loaded
+    default_probe: str | None  # name of the probe of `"risk": true`; None: the server has none
+    risk_by_default: bool = False  # a request without `risk` gets it
+    default_max_tokens: int = 1024  # when a request sets none; never more than the context holds
+    max_total_tokens: int = 65_536  # n * max_tokens of one request
+    keep_alive_seconds: float = 15.0  # a silent stream sends a comment this often
+    clock: Callable[[], float] = time.monotonic
+
+    @property
+    def model_name(self) -> str:
+        """The name that responses carry and metrics are labelled with."""
+        return self.served_names[0]
+
+    @property
+    def system_fingerprint(self) -> str:
+        """Changes with the server's version and with the model's weights."""
+        weights = self.engine.card.identity.weights_fingerprint
+        return f"hneurons-{version('hneurons')}-{weights[:12]}"
+
+    def probe(self, name: str) -> Probe | None:
+        """The loaded probe of that name, or of that `name@sha`."""
+        for probe in self.engine.probes:
+            if name in (probe.card.name, probe.id):
+                return probe
+        return None
