@@ -1,0 +1,51 @@
+"""What every test may use. The environment is theirs alone: no hub, no settings from outside."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# CI draws the same examples every time, so that a red run can be repeated; elsewhere they vary.
+settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
+settings.register_profile("local", deadline=None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any import: huggingface_hub reads its switches only then."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting of the person who runs the tests never decides a test (the cache folder may)."""
+    for name in os.environ:
+        if name.startswith("HNEURONS_") and name != "HNEURONS_CACHE":
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Root of the working tree."""
+    return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data(repository: Path) -> Path:
+    """Folder of question files beside the repository; not part of the product."""
+    folder = repository.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("the question files (../shared/data) do not lie beside this repository")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_model_path() -> Path:
+    """Folder of the demo model; the first call on a machine fetches and converts it (a minute)."""
+    from server.demo_model import ensure_demo_model
+
+    return ensure_demo_model()
