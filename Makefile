@@ -1,0 +1,39 @@
+PYTHON ?= python3
+PORT   ?= 8000
+MODEL  ?= demo
+BIN    := .venv/bin
+PACKAGES := probes server offline
+
+.PHONY: help sync check fix test serve bench probe lock
+help:   ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile
+sync: .venv/synced ## make .venv with everything that the lock names
+check: sync ## format, lint, types, import contracts; writes nothing
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+fix: sync ## format and repair what ruff can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+test: sync ## every test; the playground's need Debian's chromium
+	$(BIN)/pytest
+serve: sync ## serve $MODEL (the demo model) on 127.0.0.1:$PORT
+	$(BIN)/python -m server $(MODEL) --port $(PORT)
+bench: sync ## what the meter costs
+	$(BIN)/python benchmarks/overhead.py
+probe: sync ## train the shipped probe again, from collecting to publishing
+	$(BIN)/python -m offline train
+lock: sync ## resolve requirements/lock.txt again; versions in it stay where they can
+	$(BIN)/uv pip compile -q --universal --generate-hashes --python-version 3.11 --all-extras \
+	  --annotation-style line --custom-compile-command "make lock" --no-emit-package torch \
+	  --override requirements/overrides.txt -c requirements/torch.txt \
+	  -o requirements/lock.txt pyproject.toml requirements/build.in
+
+.venv/synced: pyproject.toml requirements/lock.txt requirements/torch.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --require-hashes --no-deps -r requirements/lock.txt
+	$(BIN)/pip install -q -r requirements/torch.txt
+	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	touch $@
