@@ -1,22 +1,43 @@
 """The artifact: a folder with `probe.json` (card), `probe.safetensors` (numbers) and README.md.
 
 `Probe` is frozen; it is fitted elsewhere (`offline/fit.py`), saved once, and loaded by reading
-bytes. Nothing here executes what it loads.
+bytes. Nothing here executes what it loads. Every record checks itself when it is made, so a probe
+that exists is a sound one.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
+import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import msgspec
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from probes.calibration import Calibration, OperatingPoint
+from probes.cett import FORMULA_VERSION
+from probes.errors import ProbeFormatError
+from probes.files import read_regular_file, refuse_executable, write_folder
 from probes.spans import Pooling
 
 SCHEMA_VERSION = 1
+MAX_NEURONS = 65536
+MAX_WEIGHT = 1e8  # per unit of CETT; a folded scaler makes weights large, never this large
+
+CARD_FILE = "probe.json"
+TENSORS_FILE = "probe.safetensors"
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # fits a header, a label and a folder
+_DTYPES = frozenset({"float64", "float32", "bfloat16", "float16"})
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -24,23 +45,29 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ModelIdentity(_Record, frozen=True, kw_only=True):
-    """Which model exactly; every field is compared, a difference is refused by name.
-
-    `weights_fingerprint` is a digest of down-projection weights (probes/fingerprint.py): it tells a
-    fine-tune, a merged adapter or another revision from the model of the same shape.
-    """
+    """Which model exactly; a difference is refused by name (probes/fingerprint.py)."""
 
     model_id: str  # for people; NOT compared (a folder and a hub id may hold the same model)
     revision: str  # 40-hex commit, or "" for a folder; for people, not compared
     config_digest: str
-    weights_fingerprint: str
+    weights_fingerprint: str  # of all parameters: tells a fine-tune or a merged adapter apart
     tokenizer_sha256: str
-    chat_template_sha256: str
+    chat_template_sha256: str  # "" without a template
     dtype: str  # "bfloat16", "float32": of the weights
     num_layers: int
     intermediate_size: int
     hidden_size: int
     vocab_size: int
+
+    def __post_init__(self) -> None:
+        for field in ("config_digest", "weights_fingerprint", "tokenizer_sha256"):
+            if not getattr(self, field):
+                raise ValueError(f"{field} must not be empty")
+        for field in ("num_layers", "intermediate_size", "hidden_size", "vocab_size"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, not {self.dtype!r}")
 
 
 class TokenRule(_Record, frozen=True, kw_only=True):
@@ -50,6 +77,9 @@ class TokenRule(_Record, frozen=True, kw_only=True):
     calibration: Calibration
     operating_points: tuple[OperatingPoint, ...]
     default: str  # name of the operating point that is used when a request sets no threshold
+
+    def __post_init__(self) -> None:
+        _require_operating_points(self.operating_points, self.default)
 
 
 class ResponseRule(_Record, frozen=True, kw_only=True):
@@ -61,12 +91,21 @@ class ResponseRule(_Record, frozen=True, kw_only=True):
     operating_points: tuple[OperatingPoint, ...]
     default: str
 
+    def __post_init__(self) -> None:
+        _require_operating_points(self.operating_points, self.default)
+
 
 class KnownAnswer(_Record, frozen=True, kw_only=True):
     """Token ids in, logits out: `logits[i]` are those of the heads at token `i`."""
 
     token_ids: tuple[int, ...]
     logits: tuple[tuple[float, ...], ...]  # [tokens][heads]
+
+    def __post_init__(self) -> None:
+        if not self.token_ids or len(self.token_ids) != len(self.logits):
+            raise ValueError("a known answer needs as many rows of logits as token ids, at least 1")
+        if not all(math.isfinite(value) for row in self.logits for value in row):
+            raise ValueError("the logits of a known answer must be finite")
 
 
 class EvaluationRow(_Record, frozen=True, kw_only=True):
@@ -107,8 +146,45 @@ class ProbeCard(_Record, frozen=True, kw_only=True):
     not_good_for: tuple[str, ...]
     libraries: dict[str, str]
     created: str  # ISO date
-    tensors_sha256: str
+    tensors_sha256: str  # of probe.safetensors; `Probe.make` fills it in
     known_answers: tuple[KnownAnswer, ...]
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise ValueError(f"schema_version is {self.schema_version}, expected {SCHEMA_VERSION}")
+        if self.formula_version != FORMULA_VERSION:
+            raise ValueError(
+                f"formula_version is {self.formula_version}, expected {FORMULA_VERSION}"
+            )
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(f"name must match {_NAME.pattern}, not {self.name!r}")
+        if not self.heads or len(set(self.heads)) != len(self.heads):
+            raise ValueError(f"heads must be different names, at least one, not {self.heads}")
+        for rule in (self.token, self.response):
+            if rule.head not in self.heads:
+                raise ValueError(f"head {rule.head!r} is none of the heads {self.heads}")
+        for answer in self.known_answers:
+            if any(len(row) != len(self.heads) for row in answer.logits):
+                raise ValueError(f"known answers need {len(self.heads)} logits per token")
+            if not all(0 <= token < self.model.vocab_size for token in answer.token_ids):
+                raise ValueError(f"token ids must be in [0, {self.model.vocab_size})")
+
+
+class _CardFile(_Record, frozen=True, kw_only=True):
+    """What stands in probe.json: the card, and the sha256 of its bytes as they stand there."""
+
+    card_sha256: str
+    card: msgspec.Raw
+
+
+_TENSORS = {
+    "layer": torch.int64,
+    "neuron": torch.int64,
+    "weight": torch.float32,
+    "column_norm": torch.float32,
+    "suppress": torch.bool,
+    "bias": torch.float32,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,10 +193,12 @@ class Probe:
 
     layer        [neurons] int64, 0-based, ascending with `neuron`; each pair once
     neuron       [neurons] int64, column of the down projection
-    weight       [neurons, heads] float32, scaler folded in
-    column_norm  [neurons] float32
+    weight       [neurons, heads] float32, scaler folded in; no neuron is zero in every head
+    column_norm  [neurons] float32, > 0
     suppress     [neurons] bool, the suppression set (H-Neurons: positive token weight)
     bias         [heads] float32
+
+    On the CPU. ProbeFormatError when the numbers do not fit the card.
     """
 
     card: ProbeCard
@@ -131,17 +209,183 @@ class Probe:
     suppress: Tensor
     bias: Tensor
 
+    def __post_init__(self) -> None:
+        _require_sound(self)
+
+    @classmethod
+    def make(
+        cls,
+        card: ProbeCard,
+        *,
+        layer: ArrayLike,
+        neuron: ArrayLike,
+        weight: ArrayLike,
+        column_norm: ArrayLike,
+        bias: ArrayLike,
+        suppress: ArrayLike | None = None,
+    ) -> Probe:
+        """A probe from fitted numbers in any order, scaler folded in (see `fold_scaler`).
+
+        Sorts by (layer, neuron), drops neurons without weight, writes the tensors' sha256 into the
+        card. `suppress` None: the H-Neurons, those with a positive weight in the token head.
+        """
+        layers, neurons = np.asarray(layer, np.int64), np.asarray(neuron, np.int64)
+        weights = np.asarray(weight, np.float32)
+        if suppress is None:
+            suppress = weights[:, card.heads.index(card.token.head)] > 0
+        order = np.lexsort((neurons, layers))
+        order = order[(weights[order] != 0).any(axis=1)]
+        tensors = {
+            "layer": torch.from_numpy(layers[order]),
+            "neuron": torch.from_numpy(neurons[order]),
+            "weight": torch.from_numpy(weights[order]),
+            "column_norm": torch.from_numpy(np.asarray(column_norm, np.float32)[order]),
+            "suppress": torch.from_numpy(np.asarray(suppress, np.bool_)[order]),
+            "bias": torch.from_numpy(np.array(bias, np.float32)),
+        }
+        digest = hashlib.sha256(safetensors.torch.save(tensors)).hexdigest()
+        return cls(card=msgspec.structs.replace(card, tensors_sha256=digest), **tensors)
+
     @property
     def id(self) -> str:
         """`name@sha`: what responses and metrics call this probe."""
-        return f"{self.card.name}@{self.card.tensors_sha256[:12]}"
+        return f"{self.card.name}@{self.sha256[:12]}"
 
-    # load(path), save(path), head(name) -> column, fold_scaler(...): see the brief
+    @cached_property
+    def sha256(self) -> str:
+        """Of the card, which holds the tensors' own: differs when any number or rule differs."""
+        return hashlib.sha256(msgspec.json.encode(self.card, order="deterministic")).hexdigest()
+
+    @property
+    def h_neurons(self) -> tuple[tuple[int, int], ...]:
+        """(layer, neuron) of the neurons with a positive weight in the token head."""
+        positive = self.weight[:, self.head(self.card.token.head)] > 0
+        return tuple(
+            zip(self.layer[positive].tolist(), self.neuron[positive].tolist(), strict=True)
+        )
+
+    def head(self, name: str) -> int:
+        """Column of a head; ValueError for an unknown name."""
+        return self.card.heads.index(name)
+
     @classmethod
     def load(cls, path: Path) -> Probe:
-        """Read, verify and freeze; ProbeFormatError says what is wrong."""
-        raise NotImplementedError
+        """Read, verify and freeze the probe in folder `path`; ProbeFormatError says what is wrong.
+
+        Each file is opened once and parsed from the bytes that were hashed, so that a file which
+        is rewritten meanwhile can neither slip in nor crash a reader.
+        """
+        if not path.is_dir():
+            refuse_executable(path)
+            raise ProbeFormatError(f"{path} is not a folder; a probe is one that holds {CARD_FILE}")
+        card = _parse_card(read_regular_file(path / CARD_FILE), path=path / CARD_FILE)
+        content = read_regular_file(path / TENSORS_FILE)
+        found = hashlib.sha256(content).hexdigest()
+        if found != card.tensors_sha256:
+            raise ProbeFormatError(
+                f"{path / TENSORS_FILE} is damaged or not of this card: sha256 {found}, "
+                f"the card says {card.tensors_sha256}"
+            )
+        try:
+            tensors = safetensors.torch.load(content)
+        except (safetensors.SafetensorError, KeyError, ValueError) as exc:
+            raise ProbeFormatError(
+                f"{path / TENSORS_FILE} is not a safetensors file: {exc}"
+            ) from exc
+        if tensors.keys() != _TENSORS.keys():
+            raise ProbeFormatError(
+                f"{path / TENSORS_FILE} holds {sorted(tensors)}, expected {sorted(_TENSORS)}"
+            )
+        probe = cls(card=card, **tensors)
+        _require_known_answers(probe)
+        return probe
 
     def save(self, path: Path) -> None:
-        """Write atomically; the sha256 of the tensors must already stand in the card."""
-        raise NotImplementedError
+        """Write the new folder `path` atomically; ProbeError when it exists."""
+        _require_known_answers(self)
+        content = safetensors.torch.save({name: getattr(self, name) for name in _TENSORS})
+        if hashlib.sha256(content).hexdigest() != self.card.tensors_sha256:
+            raise ProbeFormatError("tensors_sha256 of the card is not of these tensors: Probe.make")
+        card = msgspec.json.format(msgspec.json.encode(self.card, order="deterministic"), indent=1)
+        digest = hashlib.sha256(card).hexdigest().encode()
+        envelope = b'{"card_sha256": "%b",\n"card": %b}\n' % (digest, card)
+        write_folder(path, {CARD_FILE: envelope, TENSORS_FILE: content})
+
+
+def fold_scaler(
+    weight: NDArray[np.float64],
+    bias: NDArray[np.float64],
+    *,
+    mean: NDArray[np.float64],
+    scale: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Weights of the standardised features -> weights of the raw ones, same logit.
+
+    weight `[neurons, heads]`, bias `[heads]` read `(x - mean) / scale`; mean, scale `[neurons]`.
+    """
+    folded = weight / scale[:, None]
+    return folded, bias - mean @ folded
+
+
+def _parse_card(content: bytes, *, path: Path) -> ProbeCard:
+    try:
+        file = msgspec.json.decode(content, type=_CardFile)
+        found = hashlib.sha256(bytes(file.card)).hexdigest()
+        if found != file.card_sha256:
+            raise ProbeFormatError(
+                f"{path} is damaged or was edited: sha256 of the card is {found}, "
+                f"the file says {file.card_sha256}"
+            )
+        return msgspec.json.decode(file.card, type=ProbeCard)
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:  # ValidationError is a DecodeError
+        raise ProbeFormatError(f"{path} is not a probe card: {exc}") from exc
+
+
+def _require_operating_points(points: tuple[OperatingPoint, ...], default: str) -> None:
+    names = [point.name for point in points]
+    if len(set(names)) != len(names):
+        raise ValueError(f"operating points must have different names, not {names}")
+    if default not in names:
+        raise ValueError(f"the default operating point {default!r} is none of {names}")
+
+
+def _require_known_answers(probe: Probe) -> None:
+    if not probe.card.known_answers:
+        raise ProbeFormatError(
+            f"probe {probe.id!r} has no known answers, so no engine can prove that it reads it; "
+            f"add some (probes.known_answer.build)"
+        )
+
+
+def _require_sound(probe: Probe) -> None:
+    """ProbeFormatError with the first thing that is wrong with the numbers of `probe`."""
+    neurons, heads = len(probe.layer), len(probe.card.heads)
+    shapes = dict.fromkeys(_TENSORS, (neurons,)) | {"weight": (neurons, heads), "bias": (heads,)}
+    for name, dtype in _TENSORS.items():
+        tensor: Tensor = getattr(probe, name)
+        if tensor.dtype != dtype or tuple(tensor.shape) != shapes[name]:
+            raise ProbeFormatError(
+                f"tensor {name} is {tensor.dtype} {list(tensor.shape)}, "
+                f"expected {dtype} {list(shapes[name])}"
+            )
+    if not 1 <= neurons <= MAX_NEURONS:
+        raise ProbeFormatError(f"a probe has 1 to {MAX_NEURONS} neurons, not {neurons}")
+    for name, size in (
+        ("layer", probe.card.model.num_layers),
+        ("neuron", probe.card.model.intermediate_size),
+    ):
+        tensor = getattr(probe, name)
+        if int(tensor.min()) < 0 or int(tensor.max()) >= size:
+            raise ProbeFormatError(
+                f"{name} must be in [0, {size}), found {int(tensor.min())}..{int(tensor.max())}"
+            )
+    flat = probe.layer * probe.card.model.intermediate_size + probe.neuron
+    if not bool((flat.diff() > 0).all()):
+        raise ProbeFormatError("(layer, neuron) pairs must be ascending and each pair unique")
+    for name in ("weight", "bias"):
+        if not bool((getattr(probe, name).abs() <= MAX_WEIGHT).all()):  # NaN compares false
+            raise ProbeFormatError(f"{name} must be finite and at most {MAX_WEIGHT:g} in magnitude")
+    if not bool((probe.weight != 0).any(dim=1).all()):
+        raise ProbeFormatError("every neuron needs a non-zero weight in at least one head")
+    if not bool(((probe.column_norm > 0) & probe.column_norm.isfinite()).all()):
+        raise ProbeFormatError("column_norm must be finite and > 0")

@@ -22,6 +22,10 @@ class Pooling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kind: Literal["max_window", "max", "first", "last", "mean"]
     window: int = 1
 
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1, not {self.window}")
+
     def pool(self, logits: Sequence[float]) -> float:
         """One logit from at least one finite token logit."""
         if not logits:

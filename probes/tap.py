@@ -1,0 +1,303 @@
+"""Where a model is read: Recorder (every neuron, offline) and Meter (a probe's neurons, online).
+
+Both hook the down projections that `find_ffns` found and leave nothing behind when closed.
+A tapped layer that did not run is an error, never an empty reading.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from probes.cett import cett, h_norm
+from probes.errors import ModelError, ProbeMismatchError
+from probes.neurons import FFN
+from probes.probe import Probe
+from probes.suppression import scales, suppress
+
+
+class Recorder:
+    """CETT of every neuron of every layer in the last forward pass.
+
+        with Recorder(ffns) as recorder:
+            model(input_ids)
+            recorder.cett(3)                       # [batch, tokens, neurons] float32
+
+    With `on_layer` each layer's CETT is handed over as soon as it exists and is not kept, so that
+    memory is bounded by one layer. Where a model flattens its batch (OPT), so does the result:
+    `[batch * tokens, neurons]`.
+    """
+
+    def __init__(
+        self, ffns: Sequence[FFN], *, on_layer: Callable[[int, Tensor], None] | None = None
+    ) -> None:
+        self._ffns = ffns
+        self._on_layer = on_layer
+        self._kept: dict[int, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        for ffn in self._ffns:
+            self._handles.append(ffn.module.register_forward_hook(self._hook(ffn)))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._kept.clear()
+
+    def cett(self, layer: int) -> Tensor:
+        """`[batch, tokens, neurons]` float32 of the last pass, on the layer's device."""
+        if layer not in self._kept:
+            raise ModelError(f"layer {layer} was not recorded: it did not run, or is streamed")
+        return self._kept[layer]
+
+    def _hook(self, ffn: FFN) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        norms = ffn.column_norms()
+
+        def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            values = cett(args[0].detach(), norms, h_norm(output.detach()).unsqueeze(-1))
+            if self._on_layer is not None:
+                self._on_layer(ffn.layer, values)
+            else:
+                self._kept[ffn.layer] = values
+
+        return record
+
+
+class Meter:
+    """Logits of several probes at once, read during ordinary forward passes.
+
+        with Meter(ffns, probes, suppression=True) as meter:
+            meter.begin([(0, 1.0), (0, 0.5)])      # per batch row: probe, alpha
+            model(input_ids)
+            meter.logits()                         # [batch, tokens, total_heads] float32
+
+    The probes' neurons are laid end to end: `weight` is `[neurons, total_heads]` with one block per
+    probe, so one matrix product serves them all. z is read before suppression, h after it.
+    Not thread-safe: one pass at a time.
+    """
+
+    def __init__(self, ffns: Sequence[FFN], probes: Sequence[Probe], *, suppression: bool) -> None:
+        if not probes:
+            raise ValueError("a meter needs at least one probe")
+        self.seconds_total = 0.0  # wall time spent in the meter; 0 inside compiled graphs
+        self._suppression = suppression
+        self._handles: list[RemovableHandle] = []
+        self._batch: int | None = None
+        self._cett: Tensor | None = None
+        self._lay_out(ffns, probes)
+
+    def _lay_out(self, ffns: Sequence[FFN], probes: Sequence[Probe]) -> None:
+        """Order all neurons by layer; cut weights, masks and columns to that order."""
+        by_layer = {ffn.layer: ffn for ffn in ffns}
+        total_neurons = sum(len(probe.layer) for probe in probes)
+        total_heads = sum(len(probe.bias) for probe in probes)
+        weight = torch.zeros(total_neurons, total_heads)
+        masks = torch.zeros(len(probes), total_neurons, dtype=torch.bool)
+        self._head_slices: list[slice] = []
+        self._token_heads: list[int] = []
+        row = column = 0
+        for index, probe in enumerate(probes):
+            _refuse_other_shape(probe, by_layer)
+            rows = slice(row, row + len(probe.layer))
+            heads = slice(column, column + len(probe.bias))
+            weight[rows, heads] = probe.weight
+            masks[index, rows] = probe.suppress
+            self._head_slices.append(heads)
+            self._token_heads.append(column + probe.head(probe.card.token.head))
+            row, column = rows.stop, heads.stop
+
+        layer = torch.cat([probe.layer for probe in probes])
+        order = torch.argsort(layer, stable=True)
+        self._layer = layer[order]
+        self._neuron = torch.cat([probe.neuron for probe in probes])[order]
+        used = torch.tensor(sorted(set(layer.tolist())))
+        self._taps = [
+            _Tap(self, by_layer[number], self._neuron[here], masks[:, order][:, here])
+            for number in used.tolist()
+            for here in [self._layer == number]
+        ]
+        home = self._taps[-1].columns.device  # logits are made where the last layer lives
+        self._layer_index = torch.searchsorted(used, self._layer).to(home)
+        self._column_norm = torch.cat([probe.column_norm for probe in probes])[order].to(home)
+        self._weight = weight[order].to(home)
+        self._bias = torch.cat([probe.bias for probe in probes]).to(home)
+
+    def __enter__(self) -> Self:
+        self.attach()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def attach(self) -> None:
+        """Hook the probed layers; once."""
+        if self._handles:
+            raise RuntimeError("the meter is attached already")
+        for tap in self._taps:
+            self._handles.append(tap.module.register_forward_pre_hook(tap.before))
+            self._handles.append(tap.module.register_forward_hook(tap.after))
+
+    def close(self) -> None:
+        """Remove every hook and drop what was read; the model is as it was before."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._cett = None
+        for tap in self._taps:
+            tap.reset(None)
+
+    def begin(
+        self, alphas: Sequence[tuple[int, float]] | None = None, *, batch: int | None = None
+    ) -> None:
+        """Call before every forward pass.
+
+        `alphas` holds (probe index, alpha) per batch row; None: no row suppresses. `batch` is
+        needed without alphas where a model flattens its batch (OPT), and ignored elsewhere.
+        """
+        started = time.perf_counter()
+        self._batch = len(alphas) if alphas is not None else batch
+        self._cett = None
+        active = [] if alphas is None or all(alpha == 1 for _, alpha in alphas) else alphas
+        if active and not self._suppression:
+            raise ValueError("this meter was made without suppression: alpha must be 1")
+        rows = [probe for probe, _ in active]
+        values = [alpha for _, alpha in active]
+        for tap in self._taps:
+            tap.reset(scales(values, tap.masks[rows]) if active else None)
+        self.seconds_total += time.perf_counter() - started
+
+    def logits(self, rows: Tensor | None = None) -> Tensor:
+        """`[batch, tokens, total_heads]` float32 of the pass that just ran.
+
+        `rows` `[chosen]` int64 picks batch rows. Values may be non-finite when the model's are.
+        """
+        started = time.perf_counter()
+        silent = [tap.name for tap in self._taps if tap.z is None]
+        if silent:
+            raise ModelError(
+                f"the forward pass did not run {silent[0]} (and {len(silent) - 1} more probed "
+                f"projections), so its neurons could not be read; call begin() before each pass"
+            )
+        home = self._weight.device
+        z = torch.cat([tap.z.to(home) for tap in self._taps if tap.z is not None], dim=-1)
+        norm = torch.stack([tap.norm.to(home) for tap in self._taps if tap.norm is not None], -1)
+        if z.dim() == 2:
+            if self._batch is None:
+                raise ValueError("this model flattens its batch: pass batch=... to begin()")
+            z = z.reshape(self._batch, -1, z.shape[-1])
+            norm = norm.reshape(self._batch, -1, norm.shape[-1])
+        self._cett = cett(z, self._column_norm, norm.index_select(-1, self._layer_index))
+        chosen = self._cett if rows is None else self._cett.index_select(0, rows.to(home))
+        logits: Tensor = chosen @ self._weight + self._bias
+        self.seconds_total += time.perf_counter() - started
+        return logits
+
+    def head_slice(self, probe_index: int) -> slice:
+        """Where a probe's heads lie among `total_heads`."""
+        return self._head_slices[probe_index]
+
+    def contributions(
+        self, probe_index: int, batch_row: int, token: int, k: int
+    ) -> list[tuple[int, int, float]]:
+        """The `k` largest (by magnitude) `weight * cett` in a probe's token head, largest first.
+
+        Of the pass whose `logits` were taken last; `batch_row` counts all rows of that pass.
+        """
+        if self._cett is None:
+            raise RuntimeError("contributions are of a pass whose logits were taken")
+        weight = self._weight[:, self._token_heads[probe_index]]
+        shares = (self._cett[batch_row, token] * weight).cpu()
+        largest = shares.abs().topk(min(k, int((weight != 0).sum()))).indices.tolist()
+        return [(int(self._layer[i]), int(self._neuron[i]), float(shares[i])) for i in largest]
+
+
+class _Tap:
+    """One layer of a Meter: what to pick there, and what the running pass left.
+
+    z     `[..., picked]` model's dtype, before suppression; norm `[...]` float32, after it
+    scale `[rows, suppressed]` float32 while some row has an alpha other than 1
+    """
+
+    def __init__(self, meter: Meter, ffn: FFN, columns: Tensor, masks: Tensor) -> None:
+        device = ffn.weight.device
+        self._meter = meter
+        self.name = ffn.name
+        self.module = ffn.module
+        self.columns = columns.to(device)  # two probes may share a neuron: may repeat
+        # Suppression needs each column once: masks [probes, unique suppressed columns].
+        suppressed = torch.tensor(sorted(set(columns[masks.any(0)].tolist())), dtype=torch.int64)
+        self.suppressed = suppressed.to(device)
+        self.masks = torch.stack([torch.isin(suppressed, columns[mask]) for mask in masks]).to(
+            device
+        )
+        self.z: Tensor | None = None
+        self.norm: Tensor | None = None
+        self.scale: Tensor | None = None
+
+    def reset(self, scale: Tensor | None) -> None:
+        self.z = self.norm = None
+        self.scale = scale if len(self.suppressed) else None
+
+    def before(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        timed = not torch.compiler.is_compiling()  # a clock cannot be traced
+        started = time.perf_counter() if timed else 0.0
+        self.z = args[0].index_select(-1, self.columns)
+        changed = None
+        if self.scale is not None:
+            changed = (suppress(args[0], self.suppressed, self.scale), *args[1:])
+        if timed:
+            self._meter.seconds_total += time.perf_counter() - started
+        return changed
+
+    def after(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        timed = not torch.compiler.is_compiling()
+        started = time.perf_counter() if timed else 0.0
+        self.norm = h_norm(output)
+        if timed:
+            self._meter.seconds_total += time.perf_counter() - started
+
+
+def _refuse_other_shape(probe: Probe, by_layer: dict[int, FFN]) -> None:
+    """The probe's neurons must exist here, with the column norms that the probe was fitted on."""
+    for number in sorted(set(probe.layer.tolist())):
+        ffn = by_layer.get(number)
+        if ffn is None:
+            raise ProbeMismatchError(
+                probe.id, "num_layers", expected=probe.card.model.num_layers, found=len(by_layer)
+            )
+        here = probe.layer == number
+        columns = probe.neuron[here]
+        if int(columns.max()) >= ffn.intermediate_size:
+            raise ProbeMismatchError(
+                probe.id,
+                "intermediate_size",
+                expected=probe.card.model.intermediate_size,
+                found=ffn.intermediate_size,
+            )
+        norms = ffn.column_norms().cpu()[columns]
+        if not torch.allclose(norms, probe.column_norm[here], rtol=1e-4, atol=0.0):
+            raise ProbeMismatchError(
+                probe.id,
+                f"column_norm of layer {number}",
+                expected=[round(x, 6) for x in probe.column_norm[here].tolist()[:4]],
+                found=[round(x, 6) for x in norms.tolist()[:4]],
+            )
