@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -18,7 +19,12 @@ MAX_BYTES = 64 * 2**20
 _EXECUTABLE_SUFFIXES = frozenset(
     {".pkl", ".pickle", ".joblib", ".pt", ".pth", ".bin", ".npy", ".npz"}
 )
-_EXECUTABLE_MAGIC = {b"\x80": "pickle", b"PK\x03\x04": "torch zip", b"\x93NUMPY": "numpy"}
+# A safetensors file may begin with 0x80 too (a header length), but never goes on like a pickle.
+_EXECUTABLE_MAGIC = {
+    "pickle": re.compile(rb"\x80[\x02-\x05][^\x00]"),
+    "torch zip": re.compile(rb"PK\x03\x04"),
+    "numpy": re.compile(rb"\x93NUMPY"),
+}
 
 
 def read_regular_file(path: Path) -> bytes:
@@ -42,7 +48,7 @@ def read_regular_file(path: Path) -> bytes:
 
 def refuse_executable(path: Path, content: bytes = b"") -> None:
     """ProbeFormatError when the name or the first bytes are those of a pickle-like format."""
-    kind = next((k for magic, k in _EXECUTABLE_MAGIC.items() if content.startswith(magic)), None)
+    kind = next((name for name, magic in _EXECUTABLE_MAGIC.items() if magic.match(content)), None)
     if kind is None and path.suffix.lower() in _EXECUTABLE_SUFFIXES:
         kind = path.suffix.lower()
     if kind is not None:
