@@ -1,0 +1,135 @@
+"""From what the operator asked for to an engine: which model, which probes, which keys.
+
+Everything here refuses with one sentence before the listener exists.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import probes
+from probes.probe import Probe
+from server.auth import hash_keys, read_key_hashes
+from server.engines.base import Engine
+from server.metrics import Metrics
+from server.service import Service
+from server.settings import BadSettingsError, Secrets, Settings
+
+DEMO = "demo"
+DEMO_PROBE = "smollm2-135m-instruct"
+SHIPPED_PROBES = Path(probes.__file__).parent / "fitted"
+
+
+@dataclass(frozen=True)
+class Model:
+    """Where the weights are and what the model is called on the wire, first name first."""
+
+    source: Path | str  # a folder, or a hub id
+    names: tuple[str, ...]
+
+
+def find_model(settings: Settings) -> Model:
+    """The model that MODEL means; makes the demo model when it is asked for."""
+    word, chosen = settings.model, settings.served_model_name
+    if settings.engine == "fake":
+        return Model(word, (chosen or word,))
+    if word == DEMO:
+        from server.demo_model import ensure_demo_model
+
+        folder = ensure_demo_model()
+        return Model(folder, (chosen,) if chosen else (folder.name, DEMO))
+    folder = Path(word).expanduser()
+    if folder.is_dir():
+        return Model(folder, (chosen or folder.resolve().name,))
+    looks_like_hub_id = word.count("/") <= 1 and word[0] not in "/.~"
+    if folder.exists() or not looks_like_hub_id:
+        raise BadSettingsError(
+            f"MODEL: {word!r} is not a folder; give a folder with config.json and safetensors, "
+            "a hub id such as `org/name`, or `demo`"
+        )
+    return Model(word, (chosen or word,))
+
+
+def find_probes(settings: Settings) -> tuple[Path, ...]:
+    """Folders of the probes to load, the default one first."""
+    if settings.probe == ("none",):
+        return ()
+    if settings.probe:
+        return tuple(_probe_path(word) for word in settings.probe)
+    shipped = SHIPPED_PROBES / DEMO_PROBE
+    is_demo = settings.model == DEMO and settings.engine == "transformers"
+    return (shipped,) if is_demo and shipped.is_dir() else ()
+
+
+def find_key_hashes(settings: Settings) -> tuple[bytes, ...]:
+    """Digests of all API keys; none means an open server."""
+    from_environment = Secrets().api_keys
+    hashes: tuple[bytes, ...] = ()
+    if from_environment is not None:
+        hashes += hash_keys(from_environment.get_secret_value())
+    if settings.api_key_file is not None:
+        hashes += read_key_hashes(settings.api_key_file)
+    return hashes
+
+
+def load_engine(settings: Settings, model: Model, probes: Sequence[Probe]) -> Engine:
+    """Load the weights, or none; blocks until the engine can work."""
+    if settings.engine == "fake":
+        from server.engines.fake import FakeEngine
+
+        return FakeEngine(
+            probes=probes if settings.probe else None,
+            max_model_len=settings.max_model_len or 4096,
+            max_num_seqs=settings.max_num_seqs,
+            max_waiting_requests=settings.max_waiting_requests,
+            max_waiting_tokens=settings.max_waiting_tokens,
+        )
+    from server.engines.loader import load_transformers_engine
+
+    engine: Engine = load_transformers_engine(
+        model.source,
+        model_id=settings.model,
+        revision=settings.revision,
+        probes=probes,
+        dtype=None if settings.dtype == "auto" else settings.dtype,
+        device=None if settings.device == "auto" else settings.device,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_waiting_requests=settings.max_waiting_requests,
+        max_waiting_tokens=settings.max_waiting_tokens,
+        suppression=settings.suppression,
+    )
+    return engine
+
+
+def make_service(engine: Engine, model: Model, *, risk_by_default: bool) -> Service:
+    """What the handlers get: plain values, no settings."""
+    if risk_by_default and not engine.probes:
+        raise BadSettingsError("risk_by_default: the server has no probe; add --probe")
+    metrics = Metrics(model_name=model.names[0], health=engine.health)
+    for probe in engine.probes:
+        metrics.probe_loaded(probe.id, position=probe.card.position)
+    return Service(
+        engine=engine,
+        metrics=metrics,
+        served_names=model.names,
+        created=int(time.time()),
+        default_probe=engine.probes[0].card.name if engine.probes else None,
+        risk_by_default=risk_by_default,
+    )
+
+
+def _probe_path(word: str) -> Path:
+    """A word without a slash names a shipped probe, if there is one; else it is a path."""
+    shipped = SHIPPED_PROBES / word
+    if "/" not in word and shipped.is_dir():
+        return shipped
+    path = Path(word).expanduser()
+    if not path.exists():
+        known = sorted(p.name for p in SHIPPED_PROBES.glob("*/")) if SHIPPED_PROBES.is_dir() else []
+        names = ", ".join(known) or "there are none"
+        raise BadSettingsError(f"probe: no folder {word!r} and no shipped probe of it ({names})")
+    return path
