@@ -16,7 +16,7 @@ from pythonjsonlogger.json import JsonFormatter
 ExceptionInfo = (
     tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 )
-OUR_LOGGERS = ("server", "probes", "uvicorn")
+OUR_LOGGERS = ("server", "probes")
 
 
 def configure_logging(level: str) -> None:

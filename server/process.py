@@ -121,7 +121,9 @@ class Server(Listener):
         else:
             self.force_exit = True
             self._stop_listening_at = self._stop_serving_at = 0.0
-            exit_anyway(EXIT_FORCED, after=SECONDS_AFTER_SECOND_SIGNAL)
+            timer = threading.Timer(SECONDS_AFTER_SECOND_SIGNAL, os._exit, args=(EXIT_FORCED,))
+            timer.daemon = True
+            timer.start()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so."""
@@ -139,6 +141,7 @@ class Server(Listener):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop listening, let the open requests finish, tell the others, close."""
+        log.info("stopping", extra={"open_requests": self._gate.open_requests})
         for server in self.servers:
             server.close()
         while self._gate.open_requests and self._may_go_on():
@@ -165,10 +168,3 @@ class Server(Listener):
 
     def _may_go_on(self) -> bool:
         return self._lifecycle.phase is not Phase.DEAD and time.monotonic() < self._stop_serving_at
-
-
-def exit_anyway(code: int, *, after: float) -> None:
-    """End the process `after` seconds from now, whatever its threads are doing."""
-    timer = threading.Timer(after, os._exit, args=(code,))
-    timer.daemon = True
-    timer.start()
