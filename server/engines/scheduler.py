@@ -1,0 +1,268 @@
+"""Which rows run in the next pass: requests are admitted and retired at every step.
+
+Knows no thread, no event loop and no HTTP: `add` rows, call `step`, hand out what it returns.
+A waiting prompt is first read (*prefill*) together with others of similar length, in a cache of its
+own; then its row joins the one batch that decodes. A long prompt is read in several passes, with a
+decoding pass after each, so that running streams go on. Keys and values are never shared between
+rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from server.engines.base import (
+    Contribution,
+    GenerationRequest,
+    Reading,
+    RequestFailedError,
+    ScoreRequest,
+    Step,
+)
+from server.engines.cache import BatchCache
+from server.engines.forward import Forward, Tap
+from server.engines.sampling import RowSampler, logprobs, sample
+
+Outcome: TypeAlias = Step | tuple[Reading, ...] | RequestFailedError
+
+
+class Row:
+    """One request on its way through the engine."""
+
+    def __init__(self, request: GenerationRequest | ScoreRequest, tap: Tap) -> None:
+        self.request = request
+        self.tap = tap
+        self.aborted = False  # set by whoever waits for the outcomes; dropped at the next step
+        self.written: list[int] = []
+        self.readings: list[Reading] = []  # of a ScoreRequest
+        self.sampler: RowSampler | None = None
+        if isinstance(request, GenerationRequest):
+            self.sampler = RowSampler(request.sampling, request.prompt_token_ids)
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        request = self.request
+        return request.token_ids if isinstance(request, ScoreRequest) else request.prompt_token_ids
+
+
+class Scheduler:
+    """The queue, the prompt that is being read, and the batch that decodes."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        *,
+        eos_token_ids: frozenset[int],
+        max_num_seqs: int,
+        prefill_tokens: int,
+    ) -> None:
+        self._forward = forward
+        self._eos = eos_token_ids
+        self._max_num_seqs = max_num_seqs
+        self._prefill_tokens = prefill_tokens
+        self._waiting: list[Row] = []
+        self._prefill: _Prefill | None = None
+        self._rows: list[Row] = []
+        self._cache = forward.new_cache()
+        # Plain numbers, because another thread looks at them.
+        self.running = 0  # rows that are being read or decode
+        self.waiting = 0
+        self.waiting_tokens = 0
+
+    @property
+    def idle(self) -> bool:
+        return self.running + self.waiting == 0
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Queue `rows` behind those that wait."""
+        self._waiting.extend(rows)
+        self._count()
+
+    def step(self) -> list[tuple[Row, Outcome]]:
+        """At most one prefill pass and one decoding pass; what they gave to each row, in order."""
+        self._drop_aborted()
+        outcomes: list[tuple[Row, Outcome]] = []
+        if self._prefill is None:
+            self._prefill = self._next_prefill()
+        if self._prefill is not None:
+            outcomes += self._read_prompts(self._prefill)
+        if self._rows:
+            outcomes += self._decode()
+        self._count()
+        return outcomes
+
+    def _count(self) -> None:
+        self.running = len(self._rows) + (len(self._prefill.rows) if self._prefill else 0)
+        self.waiting = len(self._waiting)
+        self.waiting_tokens = sum(len(row.prompt) for row in self._waiting)
+
+    def _drop_aborted(self) -> None:
+        self._waiting = [row for row in self._waiting if not row.aborted]
+        if self._prefill is not None and all(row.aborted for row in self._prefill.rows):
+            self._prefill = None
+        self._retire([row for row in self._rows if row.aborted])
+
+    def _next_prefill(self) -> _Prefill | None:
+        """The first that waits, and others of similar length as far as one pass holds them."""
+        free = self._max_num_seqs - len(self._rows)
+        if not self._waiting or free <= 0:
+            return None
+        first = self._waiting[0]
+        chosen, shortest, longest = [first], len(first.prompt), len(first.prompt)
+        for row in self._waiting[1:]:
+            if len(chosen) == free:
+                break
+            low, high = min(shortest, len(row.prompt)), max(longest, len(row.prompt))
+            fits = (len(chosen) + 1) * high <= self._prefill_tokens
+            if fits and high <= 2 * low + 16:
+                chosen.append(row)
+                shortest, longest = low, high
+        self._waiting = [row for row in self._waiting if row not in chosen]
+        return _Prefill(chosen, self._forward)
+
+    def _read_prompts(self, prefill: _Prefill) -> list[tuple[Row, Outcome]]:
+        """One pass over the next chunk; after the last one the rows write their first token."""
+        chunk = prefill.chunk(self._prefill_tokens)
+        taps = [row.tap for row in prefill.rows]
+        logits = self._forward(chunk, prefill.cache, taps)
+        scoring = any(isinstance(row.request, ScoreRequest) for row in prefill.rows)
+        if not (prefill.complete or scoring):
+            return []
+        width = len(chunk[0]) if scoring else 1
+        readings = self._readings(prefill.rows, prefill.cache, last=width)
+        for row, found in zip(prefill.rows, readings, strict=True):
+            if isinstance(row.request, ScoreRequest):
+                wanted = max(row.request.start - 1, 0)
+                row.readings += [reading for reading in found if reading.position >= wanted]
+        if not prefill.complete:
+            return []
+
+        self._prefill = None
+        writing = [i for i, row in enumerate(prefill.rows) if row.sampler and not row.aborted]
+        outcomes: list[tuple[Row, Outcome]] = [
+            (row, tuple(row.readings)) for row in prefill.rows if row.sampler is None
+        ]
+        if not writing:
+            return outcomes
+        rows = [prefill.rows[i] for i in writing]
+        steps = self._write(rows, logits[writing], [readings[i] for i in writing])
+        going = [i for i, (_, step) in zip(writing, steps, strict=True) if _goes_on(step)]
+        if going:
+            self._cache.admit(prefill.cache, going)
+            self._rows += [prefill.rows[i] for i in going]
+        return outcomes + steps
+
+    def _decode(self) -> list[tuple[Row, Outcome]]:
+        """Feed every row its last token; rows that are done leave the batch."""
+        rows = list(self._rows)
+        logits = self._forward([row.written[-1:] for row in rows], self._cache, _taps(rows))
+        outcomes = self._write(rows, logits, self._readings(rows, self._cache, last=1))
+        self._retire([row for row, outcome in outcomes if not _goes_on(outcome)])
+        return outcomes
+
+    def _readings(
+        self, rows: Sequence[Row], cache: BatchCache, *, last: int
+    ) -> list[list[Reading]]:
+        """Readings of the `last` columns, by row; none for padding and rows without a probe."""
+        taps = _taps(rows)
+        table = self._forward.readings(taps, last=last)
+        result: list[list[Reading]] = []
+        for index, (row, tap) in enumerate(zip(rows, taps, strict=True)):
+            found: list[Reading] = []
+            for column in range(-last, 0) if tap.probe is not None else ():
+                position = cache.length(index) + column
+                if position < 0:
+                    continue
+                values = table[index][column]
+                k = row.request.contributors
+                shares: tuple[Contribution, ...] = ()
+                if k and not any(math.isnan(value) for value in values):
+                    shares = self._forward.contributions(tap, row=index, column=column, k=k)
+                found.append(Reading(position, values, shares))
+            result.append(found)
+        return result
+
+    def _write(
+        self, rows: Sequence[Row], logits: Tensor, readings: Sequence[Sequence[Reading]]
+    ) -> list[tuple[Row, Outcome]]:
+        """Choose each row's next token from `logits` `[rows, vocab]`, or end the row."""
+        samplers = [row.sampler for row in rows if row.sampler is not None]
+        assert len(samplers) == len(rows)
+        finite = torch.isfinite(logits.sum(-1, dtype=torch.float32)).tolist()
+        if not all(finite):
+            logits = torch.nan_to_num(logits)  # those rows end below; the others are untouched
+        chosen = sample(logits, samplers)
+        tables = logprobs(logits, chosen, samplers)
+        outcomes: list[tuple[Row, Outcome]] = []
+        for index, row in enumerate(rows):
+            request = row.request
+            assert isinstance(request, GenerationRequest)
+            reading = readings[index][-1] if readings[index] else None
+            if len(row.written) == request.max_tokens:
+                outcomes.append((row, Step(None, reading, finish_reason="length")))
+                continue
+            if not finite[index]:
+                outcomes.append((row, _nonfinite(row)))
+                continue
+            token_id = chosen[index]
+            row.written.append(token_id)
+            samplers[index].wrote(token_id)
+            step = Step(token_id, reading, tables[index])
+            if token_id in self._eos and not request.sampling.ignore_eos:
+                step = step._replace(finish_reason="stop")
+            elif len(row.written) == request.max_tokens and not request.read_last:
+                step = step._replace(finish_reason="length")
+            outcomes.append((row, step))
+        return outcomes
+
+    def _retire(self, rows: Iterable[Row]) -> None:
+        for row in rows:
+            index = self._rows.index(row)
+            self._cache.retire(index)
+            self._rows[index] = self._rows[-1]
+            self._rows.pop()
+
+
+class _Prefill:
+    """Prompts that are read together, left-padded to the longest, chunk by chunk."""
+
+    def __init__(self, rows: list[Row], forward: Forward) -> None:
+        self.rows = rows
+        self._columns = max(len(row.prompt) for row in rows)
+        pads = [self._columns - len(row.prompt) for row in rows]
+        self._token_ids = [
+            [0] * pad + list(row.prompt) for pad, row in zip(pads, rows, strict=True)
+        ]
+        self._done = 0
+        self.cache = forward.new_cache(pads)
+
+    @property
+    def complete(self) -> bool:
+        return self._done == self._columns
+
+    def chunk(self, budget: int) -> list[list[int]]:
+        """The next columns, at most `budget` tokens over all rows."""
+        start = self._done
+        self._done = min(self._columns, start + max(1, budget // len(self.rows)))
+        return [ids[start : self._done] for ids in self._token_ids]
+
+
+def _taps(rows: Sequence[Row]) -> list[Tap]:
+    return [row.tap for row in rows]
+
+
+def _goes_on(outcome: Outcome) -> bool:
+    return isinstance(outcome, Step) and outcome.finish_reason is None
+
+
+def _nonfinite(row: Row) -> RequestFailedError:
+    return RequestFailedError(
+        "nonfinite_logits",
+        f"the model's logits are not finite after {len(row.prompt) + len(row.written)} tokens "
+        f"(alpha {row.tap.alpha:g}); the request cannot go on",
+    )

@@ -1,0 +1,264 @@
+"""The embedded engine: a transformers model on a thread of its own.
+
+The event loop only passes requests in and steps out: a request becomes a `Row` in an inbox, and
+after every step one callback per event loop moves what was made into the requests' queues. What the
+thread does is said by `scheduler`, `forward`, `cache` and `sampling`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+
+from probes.probe import Probe
+from probes.tap import Meter
+from server.engines.base import (
+    EngineCard,
+    EngineDeadError,
+    EngineError,
+    EngineOverloadedError,
+    GenerationRequest,
+    Health,
+    Reading,
+    RequestFailedError,
+    ScoreRequest,
+    Step,
+)
+from server.engines.forward import Forward, Tap
+from server.engines.scheduler import Outcome, Row, Scheduler
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+QUEUE_STEPS = 256  # a reader that falls this far behind is given up
+
+
+class TransformersEngine:
+    """`Engine` over a transformers model; starts its thread when made, until `aclose`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        card: EngineCard,
+        *,
+        probes: Sequence[Probe] = (),
+        meter: Meter | None = None,
+        max_num_seqs: int = 16,
+        max_waiting_requests: int = 64,
+        max_waiting_tokens: int = 65_536,
+        prefill_tokens: int = 512,
+    ) -> None:
+        """`meter` is attached to `model` and reads `probes`; None exactly when there are none."""
+        assert (meter is None) == (not probes)
+        self._card, self._tokenizer, self._probes = card, tokenizer, tuple(probes)
+        self._max_num_seqs = max_num_seqs
+        self._max_waiting_requests = max_waiting_requests
+        self._max_waiting_tokens = max_waiting_tokens
+        self._meter = meter
+        self._forward: Forward = Forward(model, meter)
+        self._scheduler = Scheduler(
+            self._forward,
+            eos_token_ids=card.eos_token_ids,
+            max_num_seqs=max_num_seqs,
+            prefill_tokens=prefill_tokens,
+        )
+        self._dead = ""  # why the engine cannot go on
+        self._closing = False
+        self._inbox: list[Row] = []
+        self._streams: dict[Row, _Stream] = {}
+        self._last_step = time.monotonic()
+        self._wake = threading.Condition()  # guards the inbox, the streams and the flags above
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def card(self) -> EngineCard:
+        return self._card
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer
+
+    @property
+    def probes(self) -> Sequence[Probe]:
+        return self._probes
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Step]:
+        """See `Engine.generate`. The request is queued when the first step is awaited."""
+        total = len(request.prompt_token_ids) + request.max_tokens
+        if not request.prompt_token_ids or request.max_tokens < 1:
+            raise ValueError("a request needs at least one prompt token and max_tokens >= 1")
+        if total > self._card.max_model_len:
+            raise ValueError(f"{total} tokens do not fit into {self._card.max_model_len}")
+        stream = self._submit(Row(request, self._tap(request.probe, request.alpha)))
+        try:
+            while True:
+                item = await stream.queue.get()
+                if isinstance(item, EngineError):
+                    raise item
+                assert isinstance(item, Step)
+                yield item
+                if item.finish_reason is not None:
+                    return
+        finally:
+            self._abort(stream)
+
+    async def score(self, request: ScoreRequest) -> tuple[Reading, ...]:
+        """See `Engine.score`. Runs through the same queue and the same passes as prompts do."""
+        if not 0 < len(request.token_ids) <= self._card.max_model_len:
+            raise ValueError(
+                f"{len(request.token_ids)} tokens do not fit into 1..{self._card.max_model_len}"
+            )
+        stream = self._submit(Row(request, self._tap(request.probe, request.alpha)))
+        try:
+            item = await stream.queue.get()
+            if isinstance(item, EngineError):
+                raise item
+            assert not isinstance(item, Step)
+            return item
+        finally:
+            self._abort(stream)
+
+    def health(self) -> Health:
+        scheduler = self._scheduler
+        with self._wake:
+            inbox = list(self._inbox)
+        busy = bool(inbox) or not scheduler.idle
+        return Health(
+            alive=not self._dead,
+            reason=self._dead,
+            running=scheduler.running,
+            waiting=scheduler.waiting + len(inbox),
+            waiting_tokens=scheduler.waiting_tokens + sum(len(row.prompt) for row in inbox),
+            seconds_since_step=time.monotonic() - self._last_step if busy else 0.0,
+            meter_seconds_total=self._forward.meter_seconds_total,
+            forward_seconds_total=self._forward.seconds_total,
+        )
+
+    async def aclose(self) -> None:
+        """See `Engine.aclose`."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        await asyncio.to_thread(self._thread.join)
+        if self._meter is not None:
+            self._meter.close()
+            self._meter = None
+
+    def _tap(self, probe: str | None, alpha: float) -> Tap:
+        if not math.isfinite(alpha) or alpha < 0:
+            raise ValueError(f"alpha must be a finite number >= 0, not {alpha}")
+        if probe is None:
+            if alpha != 1:
+                raise ValueError("alpha scales the neurons of a probe: name one")
+            return Tap()
+        names = [known.card.name for known in self._probes]
+        if probe not in names:
+            raise ValueError(f"no probe {probe!r} is attached; there are {names}")
+        return Tap(names.index(probe), alpha)
+
+    def _submit(self, row: Row) -> _Stream:
+        stream = _Stream(row)
+        with self._wake:
+            if self._dead or self._closing:
+                raise EngineDeadError(self._dead or "the engine is closed")
+            health_waiting = self._scheduler.waiting + len(self._inbox)
+            free = max(0, self._max_num_seqs - self._scheduler.running)
+            tokens = self._scheduler.waiting_tokens + sum(len(r.prompt) for r in self._inbox)
+            if health_waiting >= free + self._max_waiting_requests:
+                raise EngineOverloadedError(f"{health_waiting} requests are waiting already")
+            if health_waiting and tokens + len(row.prompt) > self._max_waiting_tokens:
+                raise EngineOverloadedError(f"{tokens} prompt tokens are waiting already")
+            if self._scheduler.idle and not self._inbox:
+                self._last_step = time.monotonic()
+            self._inbox.append(row)
+            self._streams[row] = stream
+            self._wake.notify()
+        return stream
+
+    def _abort(self, stream: _Stream) -> None:
+        """Nobody waits for this row any more; the thread drops it before its next pass."""
+        stream.row.aborted = True
+        with self._wake:
+            self._streams.pop(stream.row, None)
+
+    def _run(self) -> None:
+        """The thread: step while there is work, sleep while there is none."""
+        reason = "the engine is closed"
+        try:
+            with torch.inference_mode():
+                while self._take_in():
+                    outcomes = self._scheduler.step()
+                    self._last_step = time.monotonic()
+                    self._hand_out(outcomes)
+        except Exception as error:
+            logger.exception("the engine died")
+            reason = f"the engine died: {type(error).__name__}: {error}"
+        with self._wake:
+            self._dead = reason
+            self._inbox.clear()
+            left = list(self._streams)
+        self._hand_out([(row, EngineDeadError(reason)) for row in left])
+
+    def _take_in(self) -> bool:
+        """Wait for work; False when the engine is to end."""
+        with self._wake:
+            while not (self._closing or self._inbox) and self._scheduler.idle:
+                self._wake.wait()
+            self._scheduler.add(self._inbox)
+            self._inbox = []
+            return not self._closing
+
+    def _hand_out(self, outcomes: Sequence[tuple[Row, Outcome | EngineDeadError]]) -> None:
+        """One callback per event loop; there is one loop, save in tests."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, _Item]]] = {}
+        with self._wake:
+            for row, outcome in outcomes:
+                stream = self._streams.get(row)
+                if stream is not None:
+                    by_loop.setdefault(stream.loop, []).append((stream, outcome))
+        for loop, items in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_deliver, items)
+            except RuntimeError:  # the loop was closed under its requests: nobody waits any more
+                for stream, _ in items:
+                    self._abort(stream)
+
+
+_Item: TypeAlias = Outcome | EngineDeadError
+
+
+class _Stream:
+    """Where the outcomes of one row wait for their reader; lives on the event loop."""
+
+    def __init__(self, row: Row) -> None:
+        self.row = row
+        self.loop = asyncio.get_running_loop()
+        self.queue: asyncio.Queue[_Item] = asyncio.Queue()
+
+    def put(self, item: _Item) -> None:
+        """Keep `item`, or give the reader up when it is too far behind."""
+        if self.row.aborted:
+            return
+        if self.queue.qsize() >= QUEUE_STEPS:
+            self.row.aborted = True
+            item = RequestFailedError(
+                "slow_client",
+                f"{QUEUE_STEPS} steps wait to be read; the request was aborted, read faster",
+            )
+        self.queue.put_nowait(item)
+
+
+def _deliver(items: Sequence[tuple[_Stream, _Item]]) -> None:
+    for stream, item in items:
+        stream.put(item)
