@@ -60,17 +60,22 @@ _HEADERS = {
 }
 
 
+def playground_paths() -> tuple[str, ...]:
+    """What the page asks for before it can ask for an API key: public where it is served."""
+    return tuple(_path(name) for name in FILES)
+
+
 def playground_routes() -> list[Route]:
     """One GET route per packaged file; `/` is index.html. FileNotFoundError if one is missing."""
     folder = files("server") / "playground"
     return [
-        _route(
-            "/" if name == "index.html" else f"/playground/{name}",
-            (folder / name).read_bytes(),
-            media_type,
-        )
+        _route(_path(name), (folder / name).read_bytes(), media_type)
         for name, media_type in FILES.items()
     ]
+
+
+def _path(name: str) -> str:
+    return "/" if name == "index.html" else f"/playground/{name}"
 
 
 def _route(path: str, body: bytes, media_type: str) -> Route:

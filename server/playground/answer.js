@@ -23,6 +23,11 @@ class RiskAnswer extends HTMLElement {
     this.addEventListener("focusin", (event) => this.#enter(event.target));
   }
 
+  /** The tokens that show text: only these are drawn, flagged and counted, as on the server. */
+  get visible() {
+    return this.tokens.filter(({ start, end }) => end > start);
+  }
+
   get text() {
     return this.#points.join("");
   }
@@ -54,7 +59,7 @@ class RiskAnswer extends HTMLElement {
   #place(entry) {
     const start = Math.max(entry.start, this.#shown); // bytes of one character may span tokens
     if (entry.end <= start) return; // no text of its own: the end token, part of a character
-    if (start > this.#shown) this.#place({ token: this.#slice(this.#shown, start), start: this.#shown, end: start, risk: null, reason: "missing_reading" });
+    if (start > this.#shown) this.#place({ token: this.#slice(this.#shown, start), start: this.#shown, end: start, risk: null, reason: "missing" });
     // A leading space stays outside the tint: at a line's end it would hang there as a stub.
     const [, space, ink] = this.#slice(start, entry.end).match(/^(\s*)(.*)$/s);
     const span = el("span", { class: "token", tabindex: this.#spans.length ? "-1" : "0" }, ink || space);

@@ -90,7 +90,7 @@ export class Column {
 
   end(how) {
     this.complete = true;
-    this.#close(how, "missing_reading");
+    this.#close(how, "missing");
   }
 
   fail(error) {
@@ -138,8 +138,7 @@ export class Column {
 
   #close(how, reason) {
     if (this.#summary) this.#calibrated = this.#summary.calibrated;
-    this.#unscored = this.#summary?.reason ?? Object.keys(this.#summary?.unscored ?? {})[0] ?? reason;
-    if (!this.#rule) this.#unscored = "no_probe";
+    this.#unscored = this.#rule ? (this.#summary?.reason ?? reason) : "no_probe";
     this.#answer.close(this.#unscored);
     this.#state.textContent = how;
     this.#conclude();
@@ -153,14 +152,15 @@ export class Column {
       this.#describe("Not known", "the answer did not reach its end");
       return;
     }
-    const { score, status, reason, unscored } = this.#summary;
+    const { score, status } = this.#summary;
     const { threshold, false_positive_rate: rate } = this.#rule.response;
     const place = level(score, threshold);
-    const missing = status === "partial" ? ` Not scored: ${tokenReasons(unscored)}.` : "";
+    const count = this.#answer.visible.filter(({ risk }) => risk === null).length;
+    const missing = status === "partial" ? `. Not scored: ${plural(count, "token")}, because ${whyNotScored(this.#unscored)}` : "";
     this.#score.textContent = score === null ? "–" : brief(score);
     this.#score.dataset.level = place;
-    if (place === "unscored") this.#describe("Not scored", `${whyNotScored(reason ?? this.#unscored)}; this is not a low risk`);
-    else this.#describe(place === "flagged" ? "Flagged" : "Not flagged", `threshold ${brief(threshold)} at ${percent(rate)} false positives.${missing}`);
+    if (place === "unscored") this.#describe("Not scored", `${whyNotScored(this.#unscored)}, which is not a low risk`);
+    else this.#describe(place === "flagged" ? "Flagged" : "Not flagged", `threshold ${brief(threshold)} at ${percent(rate)} false positives${missing}`);
     this.#listSpans();
   }
 
@@ -172,11 +172,11 @@ export class Column {
   #draw() {
     cancelAnimationFrame(this.#frame);
     this.#frame = 0;
-    if (this.#rule) this.#sparkline.draw(this.#answer.tokens, this.#rule.token.threshold);
+    if (this.#rule) this.#sparkline.draw(this.#answer.visible, this.#rule.token.threshold);
   }
 
   #listSpans() {
-    const { tokens } = this.#answer;
+    const tokens = this.#answer.visible;
     const points = [...this.text];
     const items = flaggedRuns(tokens, this.#rule.token.threshold).map(([first, stop]) => {
       const [start, end] = [tokens[first].start, tokens[stop - 1].end];
@@ -193,7 +193,8 @@ export class Column {
   #fillTable() {
     if (!this.#table.open) return; // hundreds of rows, made only for those who look
     const { threshold } = this.#rule.token;
-    const row = (token, i) => [String(i + 1), visible(token.token), token.risk === null ? "not scored" : exact(token.risk), level(token.risk, threshold) === "flagged" ? "yes" : ""];
+    const flagged = ({ risk, start, end }) => end > start && level(risk, threshold) === "flagged";
+    const row = (token, i) => [String(i + 1), visible(token.token), token.risk === null ? "not scored" : exact(token.risk), flagged(token) ? "yes" : ""];
     this.#rows.replaceChildren(...this.#answer.tokens.map((token, i) => el("tr", {}, ...row(token, i).map((text) => el("td", {}, text)))));
   }
 }
@@ -201,10 +202,4 @@ export class Column {
 function tokenTable(rows) {
   const heads = ["Token", "Text", "Risk (higher is worse)", "Flagged"].map((word) => el("th", { scope: "col" }, word));
   return el("details", {}, el("summary", {}, "All tokens as a table"), el("table", {}, el("thead", {}, el("tr", {}, ...heads)), rows));
-}
-
-function tokenReasons(unscored) {
-  return Object.entries(unscored)
-    .map(([reason, count]) => `${plural(count, "token")} (${whyNotScored(reason)})`)
-    .join(", ");
 }

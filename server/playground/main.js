@@ -78,6 +78,7 @@ async function turn(specifications, work) {
   byId("columns").replaceChildren(...columns.map((column) => column.element));
   byId("columns").scrollIntoView({ block: "nearest" }); // on a phone the answers lie below the form
   setBusy(true);
+  byId("announcer").textContent = "";
   await work(mine.signal);
   if (running !== mine) return; // a newer turn has taken the page
   running = null;

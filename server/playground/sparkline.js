@@ -20,27 +20,27 @@ class RiskSparkline extends HTMLElement {
     { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img", "aria-label": "No risk yet" },
     this.#area, this.#unscored, this.#threshold, this.#line, this.#flagged, this.#cursor,
   );
-  #tokens = []; // those with a place: with text or a risk; the end token has neither
+  #tokens = [];
 
   connectedCallback() {
     this.append(this.#drawing);
   }
 
-  /** `tokens` as served, so far. */
+  /** `tokens` that show text, so far. */
   draw(tokens, threshold) {
-    this.#tokens = tokens.filter((token) => token.risk !== null || token.end > token.start);
+    this.#tokens = tokens;
     const line = [];
     const area = [];
     const dots = [];
     const holes = [];
-    this.#tokens.forEach(({ risk }, i, list) => {
+    tokens.forEach(({ risk }, i) => {
       const x = this.#x(i);
       if (risk === null) {
         holes.push(`M${x} 0V${HEIGHT}`);
         return;
       }
-      const joined = i > 0 && list[i - 1].risk !== null;
-      const last = i + 1 === list.length || list[i + 1].risk === null;
+      const joined = i > 0 && tokens[i - 1].risk !== null;
+      const last = i + 1 === tokens.length || tokens[i + 1].risk === null;
       line.push(`${joined ? "L" : "M"}${x} ${y(risk)}${joined ? "" : "h0"}`);
       area.push(`${joined ? "L" : `M${x} ${HEIGHT}L`}${x} ${y(risk)}${last ? `V${HEIGHT}Z` : ""}`);
       if (level(risk, threshold) === "flagged") dots.push(`M${x} ${y(risk)}h0`);
@@ -50,7 +50,7 @@ class RiskSparkline extends HTMLElement {
     this.#flagged.setAttribute("d", dots.join(""));
     this.#unscored.setAttribute("d", holes.join(""));
     this.#threshold.setAttribute("d", `M0 ${y(threshold)}H${WIDTH}`);
-    this.#drawing.setAttribute("aria-label", summary(this.#tokens, threshold));
+    this.#drawing.setAttribute("aria-label", summary(tokens, threshold));
   }
 
   /** Mark one token, or none. */

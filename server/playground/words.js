@@ -14,8 +14,9 @@ export function visible(text) {
 
 const REASONS = {
   not_read: "the model ended before it read this token",
-  nonfinite_logit: "the reading was not a finite number",
-  missing_reading: "the engine gave no reading",
+  nonfinite: "the reading was not a finite number",
+  no_text: "the answer holds no text",
+  missing: "the server sent no number for it",
   failed: "the answer broke off before it was read",
   stopped: "the answer was stopped before it was read",
   no_probe: "this server has no probe",
