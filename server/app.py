@@ -16,8 +16,8 @@ from starlette.types import ASGIApp
 
 from server.api import chat, completions, health, models, risk
 from server.api.errors import install_error_handlers
-from server.api.playground import playground_routes
-from server.auth import ApiKeys
+from server.api.playground import playground_paths, playground_routes
+from server.auth import OPEN_PATHS, ApiKeys
 from server.edge import Edge
 from server.lifecycle import Gate, Lifecycle
 from server.limits import BodyLimit
@@ -66,8 +66,9 @@ def create_app(
 ) -> App:
     """Everything that the main port serves.
 
-    With keys set, all of it but `/livez` and `/readyz` needs one, and `/openapi.json` is absent:
-    the schema of a server that is guarded is committed with the project, not served.
+    With keys set, all of it but `/livez`, `/readyz` and the playground's files needs one, and
+    `/openapi.json` is absent: the schema of a server that is guarded is committed with the
+    project, not served.
     """
     api = create_api(service, lifecycle, openapi=not api_key_hashes)
     if metrics_on_main_port:
@@ -77,7 +78,8 @@ def create_app(
     gate = Gate(BodyLimit(api), lifecycle=lifecycle)
     app: ASGIApp = gate
     if api_key_hashes:
-        app = ApiKeys(app, hashes=api_key_hashes)
+        pages = playground_paths() if playground else ()
+        app = ApiKeys(app, hashes=api_key_hashes, open_paths=(*OPEN_PATHS, *pages))
     if allowed_origins:
         app = CORSMiddleware(
             app,

@@ -1,6 +1,7 @@
 """API keys: known by their sha256 only, compared in constant time, asked for on every path.
 
-Deny by default: all routes but `/livez` and `/readyz` need a key once keys are set. The decision
+Deny by default: all routes but `/livez`, `/readyz` and the playground's files (a browser sends no
+key for a page; the page asks for one) need a key once keys are set. The decision
 looks at `scope["path"]`, never at a URL that is built from the Host header (CVE-2026-48746).
 """
 
@@ -61,12 +62,15 @@ def read_key_hashes(path: Path) -> tuple[bytes, ...]:
 class ApiKeys:
     """Lets a request pass when it carries a known key as `Authorization: Bearer KEY`."""
 
-    def __init__(self, app: ASGIApp, *, hashes: Sequence[bytes]) -> None:
+    def __init__(
+        self, app: ASGIApp, *, hashes: Sequence[bytes], open_paths: Sequence[str] = OPEN_PATHS
+    ) -> None:
         self.app = app
         self.hashes = tuple(hashes)
+        self.open_paths = tuple(open_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or _is_open(scope) or self._knows(_bearer(scope)):
+        if scope["type"] != "http" or self._is_open(scope) or self._knows(_bearer(scope)):
             await self.app(scope, receive, send)
             return
         refusal = APIError(
@@ -77,17 +81,16 @@ class ApiKeys:
         )
         await refusal.response()(scope, receive, send)
 
+    def _is_open(self, scope: Scope) -> bool:
+        root = scope.get("root_path", "")  # the operator's, never the client's
+        return scope["path"] in {root + path for path in self.open_paths}
+
     def _knows(self, key: bytes | None) -> bool:
         if key is None:
             return False
         digest = hashlib.sha256(key).digest()
         # No early exit: the time says nothing about which key, or how much of it, was right.
         return sum(hmac.compare_digest(digest, known) for known in self.hashes) > 0
-
-
-def _is_open(scope: Scope) -> bool:
-    root = scope.get("root_path", "")  # the operator's, never the client's
-    return scope["path"] in {root + path for path in OPEN_PATHS}
 
 
 def _bearer(scope: Scope) -> bytes | None:
