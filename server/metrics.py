@@ -8,11 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from server.engines.base import Health
+from server.monitor import RiskSummary, Token
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -36,6 +44,7 @@ class Metrics:
     """Counters and histograms of one server; the engine's gauges are read when scraped."""
 
     def __init__(self, *, model_name: str, health: Callable[[], Health] | None = None) -> None:
+        disable_created_metrics()  # process-wide: without it every counter is exported twice
         self.registry = CollectorRegistry()
         self._model_name = model_name
         self._requests = self._counter("requests", "Requests that passed validation.", ["endpoint"])
@@ -55,7 +64,7 @@ class Metrics:
         self._generation_tokens = self._counter("generation_tokens", "Written tokens.", [])
         self._scored = self._counter("scored_tokens", "Tokens with a risk.", ["probe"])
         self._unscored = self._counter(
-            "unscored_tokens", "Tokens whose risk is null, by reason.", ["probe", "reason"]
+            "unscored_tokens", "Tokens with text whose risk is null.", ["probe", "reason"]
         )
         self._flagged = self._counter(
             "flagged_tokens", "Tokens at or above their threshold.", ["probe"]
@@ -136,43 +145,37 @@ class Metrics:
     def inter_token(self, seconds: float) -> None:
         self._inter_token.labels(self._model_name).observe(seconds)
 
-    def choice_finished(self, finished_reason: str, *, tokens: int) -> None:
+    def token_written(self) -> None:
+        """By the engine, for whatever answer: also those thrown away or abandoned."""
+        self._generation_tokens.labels(self._model_name).inc()
+
+    def choice_finished(self, finished_reason: str) -> None:
         self._choices.labels(self._model_name, finished_reason).inc()
-        self._generation_tokens.labels(self._model_name).inc(tokens)
 
     def policy_acted(self, probe: str, *, action: str) -> None:
         self._actions.labels(self._model_name, probe, action).inc()
 
-    def response_monitored(
-        self,
-        probe: str,
-        *,
-        status: str,
-        alpha: float,
-        score: float | None,
-        is_flagged: bool | None,
-        risks: Sequence[float | None],
-        flagged_tokens: int,
-        unscored: dict[str, int],
-    ) -> None:
-        """One choice, or one given text: its status, its risks, what could not be scored."""
-        model = self._model_name
-        suppressed = "false" if alpha == 1 else "true"
-        self._responses.labels(model, probe, status).inc()
-        self._flagged.labels(model, probe).inc(flagged_tokens)
-        if alpha != 1:
+    def response_monitored(self, risk: RiskSummary, tokens: Sequence[Token]) -> None:
+        """One complete generation, or one given text: its status, its risks, what has none."""
+        model, probe, plan = self._model_name, risk.plan.probe.id, risk.plan
+        suppressed = "false" if plan.alpha == 1 else "true"
+        self._responses.labels(model, probe, risk.status).inc()
+        self._flagged.labels(model, probe).inc(sum(token.is_flagged for token in tokens))
+        if plan.alpha != 1:
             self._suppressed.labels(model, probe).inc()
-        if is_flagged:
+        if risk.is_flagged:
             self._flagged_responses.labels(model, probe).inc()
-        if score is not None:
-            self._response_risk.labels(model, probe, suppressed).observe(score)
-        scored = [risk for risk in risks if risk is not None]
+        if risk.score is not None:
+            self._response_risk.labels(model, probe, suppressed).observe(risk.score)
+        scored = [token.risk for token in tokens if token.risk is not None]
         self._scored.labels(model, probe).inc(len(scored))
         histogram = self._token_risk.labels(model, probe, suppressed)
-        for risk in scored:
-            histogram.observe(risk)
-        for reason, count in unscored.items():
-            self._unscored.labels(model, probe, reason).inc(count)
+        for value in scored:
+            histogram.observe(value)
+        for token in tokens:
+            # The end of the turn is never read; counting it would hide what really went wrong.
+            if token.unscored is not None and token.text:
+                self._unscored.labels(model, probe, token.unscored).inc()
 
     def render(self) -> bytes:
         """The page for `GET /metrics`, of type `CONTENT_TYPE`."""

@@ -8,7 +8,7 @@ of the token that the same pass was fed, and every reading names its position.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
@@ -175,7 +175,7 @@ class Engine(Protocol):
         """The probes that are attached; matched to the model when the engine was made."""
         ...
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[Step]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Step, None]:
         """Steps of one request. Closing the iterator aborts it within a step.
 
         Raises EngineOverloadedError before the first step when the queue is full,

@@ -19,7 +19,7 @@ import math
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -46,12 +46,12 @@ from server.engines.fake_model import (
     IM_START,
     VOCAB_SIZE,
     fake_identity,
+    fake_logits,
     fake_probe,
     fake_tokenizer,
 )
 
 _DIRECTION = re.compile(rb"\[(nan|fail|die|hang|slow|loop)(?::(\d{1,4}))?\]")
-_DIGITS = frozenset(b"0123456789")
 
 
 class FakeEngine:
@@ -100,7 +100,7 @@ class FakeEngine:
     def probes(self) -> Sequence[Probe]:
         return self._probes
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Step]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Step, None]:
         """One `Step` per token; see `Engine.generate`."""
         async with self._admitted(request):
             script = _Script.of(request, self._answer)
@@ -127,7 +127,7 @@ class FakeEngine:
 
     async def score(self, request: ScoreRequest) -> tuple[Reading, ...]:
         """Readings of the given tokens; see `Engine.score`."""
-        await self._forward(_Script(answer=()), 0, monitored=True)
+        await self._forward(_Script(answer=()), -1, monitored=True)
         return tuple(
             self._reading_of(request, request.token_ids[position], position)
             for position in range(max(request.start - 1, 0), len(request.token_ids))
@@ -222,21 +222,13 @@ class FakeEngine:
         self, request: GenerationRequest | ScoreRequest, token_id: int, position: int
     ) -> Reading:
         probe = next(p for p in self._probes if p.card.name == request.probe)
-        logit = fake_logit(token_id, position, alpha=request.alpha)
+        logits = fake_logits(token_id, position, alpha=request.alpha, heads=len(probe.card.heads))
         neurons = zip(probe.layer.tolist(), probe.neuron.tolist(), strict=True)
         shares = tuple(
-            Contribution(layer, neuron, logit / 2 ** (rank + 1))
+            Contribution(layer, neuron, logits[0] / 2 ** (rank + 1))
             for rank, (layer, neuron) in enumerate(neurons)
         )
-        # Every head reads half of what the head before it reads, so that they differ.
-        logits = tuple(logit / 2**head for head in range(len(probe.card.heads)))
         return Reading(position, logits, shares[: request.contributors])
-
-
-def fake_logit(token_id: int, position: int, *, alpha: float = 1.0) -> float:
-    """About +3 for a digit at alpha 1, about -3 at alpha 0 and for everything else."""
-    wobble = (token_id * 31 + position * 17) % 100 / 200 - 0.25
-    return -3.0 + (6.0 * alpha if token_id in _DIGITS else 0.0) + wobble
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from typing import Literal
 
-import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -14,6 +13,7 @@ from probes.cett import FORMULA_VERSION
 from probes.probe import (
     SCHEMA_VERSION,
     EvaluationRow,
+    KnownAnswer,
     ModelIdentity,
     Probe,
     ProbeCard,
@@ -25,6 +25,7 @@ from probes.spans import Pooling
 # A token id below 256 is that byte; the rest are special tokens.
 EOS, IM_START, IM_END = 256, 257, 258
 VOCAB_SIZE = 259
+_DIGITS = frozenset(b"0123456789")
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -104,19 +105,34 @@ def fake_probe(
         not_good_for=("anything: it reads no model",),
         libraries={},
         created="2026-11-23",
-        tensors_sha256=_digest(f"probe {name} {position}"),
-        known_answers=(),
+        tensors_sha256="",  # written by Probe.make
+        known_answers=(_known_answer("In 1969"), _known_answer("no number")),
     )
-    layers = torch.arange(4)
-    return Probe(
-        card=card,
-        layer=layers,
-        neuron=layers * 10,
-        weight=torch.tensor([[1.0, 0.5], [0.5, 0.25], [0.25, 0.125], [-0.125, -0.0625]]),
-        column_norm=torch.ones(4),
-        suppress=torch.tensor([True, True, True, False]),
-        bias=torch.tensor([-3.0, -1.5]),
+    return Probe.make(
+        card,
+        layer=[0, 1, 2, 3],
+        neuron=[0, 10, 20, 30],
+        weight=[[1.0, 0.5], [0.5, 0.25], [0.25, 0.125], [-0.125, -0.0625]],
+        column_norm=[1.0, 1.0, 1.0, 1.0],
+        bias=[-3.0, -1.5],
     )
+
+
+def fake_logits(
+    token_id: int, position: int, *, alpha: float = 1.0, heads: int = 2
+) -> tuple[float, ...]:
+    """First head: +3 for a digit at alpha 1, -3 at alpha 0 and for all else, with a wobble.
+
+    Every head reads half of what the head before it reads, so that they differ.
+    """
+    wobble = (token_id * 31 + position * 17) % 100 / 200 - 0.25
+    logit = -3.0 + (6.0 * alpha if token_id in _DIGITS else 0.0) + wobble
+    return tuple(logit / 2**head for head in range(heads))
+
+
+def _known_answer(text: str) -> KnownAnswer:
+    ids = tuple(text.encode())
+    return KnownAnswer(token_ids=ids, logits=tuple(fake_logits(t, i) for i, t in enumerate(ids)))
 
 
 def _byte_alphabet() -> list[str]:

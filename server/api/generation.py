@@ -1,0 +1,244 @@
+"""From orders to an HTTP response: all choices at once, streamed or whole, from the same events."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import TypeVar
+
+import orjson
+from fastapi import Request
+from starlette.responses import Response
+
+from probes.errors import HNeuronsError
+from server.api.errors import APIError, to_api_error
+from server.api.objects import Writer, usage
+from server.api.schemas import ChatRequest, CompletionRequest
+from server.api.sse import DONE, KEEP_ALIVE, ClientGoneError, EventStream, event, unless_gone
+from server.api.token_objects import JSON
+from server.detokenizer import TokenNames
+from server.engines.base import Step
+from server.monitor import RiskSummary, Token
+from server.policy import Ending, Observer, Order, Piece, answer
+from server.service import Service
+
+_T = TypeVar("_T")
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+async def respond(
+    request: Request,
+    service: Service,
+    body: ChatRequest | CompletionRequest,
+    *,
+    orders: Sequence[Order],
+    answer_id: str,
+) -> Response:
+    """Generate every choice and answer in OpenAI's shape."""
+    is_chat = isinstance(body, ChatRequest)
+    run = _Run(
+        service,
+        orders=orders,
+        endpoint="chat_completions" if is_chat else "completions",
+        prompt_tokens=sum(len(o.request.prompt_token_ids) for o in orders[:: body.n or 1]),
+        writer=Writer(
+            id=answer_id,
+            model=service.model_name,
+            created=int(time.time()),
+            system_fingerprint=service.system_fingerprint,
+            is_chat=is_chat,
+            with_token_ids=bool(body.return_token_ids),
+            names=TokenNames(service.engine.tokenizer),
+            orders=orders,
+        ),
+    )
+    record = request.scope.get("state", {}).get("record", {})
+    try:
+        if not body.stream:
+            document = await unless_gone(request.receive, run.whole())
+            record.update(run.record())
+            return Response(orjson.dumps(document), media_type="application/json")
+        with_usage = body.stream_options is not None and body.stream_options.include_usage
+        lines = run.lines(with_usage=with_usage, record=record)
+        # An error before the first token is still an HTTP status.
+        first = await unless_gone(request.receive, _first(lines))
+    except ClientGoneError as error:
+        service.metrics.request_aborted("disconnect")
+        raise APIError(499, "the client closed the connection", code="client_gone") from error
+    return EventStream(_then(first, lines), on_abort=service.metrics.request_aborted)
+
+
+class _Run:
+    """One request while it is served."""
+
+    def __init__(
+        self,
+        service: Service,
+        *,
+        orders: Sequence[Order],
+        endpoint: str,
+        prompt_tokens: int,
+        writer: Writer,
+    ) -> None:
+        self._service = service
+        self._orders = orders
+        self._endpoint = endpoint
+        self._prompt_tokens = prompt_tokens
+        self._writer = writer
+        self._started = service.clock()
+        self._endings: dict[int, Ending] = {}
+        service.metrics.request_accepted(endpoint, prompt_tokens=prompt_tokens)
+
+    async def whole(self) -> JSON:
+        """The answer in one object."""
+        tokens: list[list[Token]] = [[] for _ in self._orders]
+        texts: list[list[str]] = [[] for _ in self._orders]
+        async with aclosing(self._events(silence=None)) as events:
+            async for item in events:
+                if item is not None and isinstance(item[1], Piece):
+                    texts[item[0]].append(item[1].text)
+                    tokens[item[0]] += item[1].tokens
+        choices = [
+            self._writer.choice(i, Piece("".join(texts[i]), tuple(tokens[i])), self._endings[i])
+            for i in range(len(self._orders))
+        ]
+        return self._writer.body(choices, usage=self._usage())
+
+    async def lines(
+        self, *, with_usage: bool, record: dict[str, object]
+    ) -> AsyncGenerator[bytes, None]:
+        """The same answer as events. What fails after the first one ends in an error event."""
+        has_begun = False
+        try:
+            async with aclosing(self._events(silence=self._service.keep_alive_seconds)) as events:
+                async for item in events:
+                    if not has_begun:
+                        has_begun = True
+                        for chunk in self._writer.openings():
+                            yield event(chunk)
+                    if item is None:
+                        yield KEEP_ALIVE
+                    elif isinstance(item[1], Piece):
+                        yield event(self._writer.delta(item[0], item[1]))
+                    else:
+                        yield event(self._writer.closing(item[0], item[1]))
+        except HNeuronsError as error:
+            if not has_begun:
+                raise
+            yield event(dict(to_api_error(error).body()))
+        else:
+            if with_usage:
+                yield event(self._writer.usage(self._usage()))
+        record.update(self.record())
+        yield DONE
+
+    def record(self) -> dict[str, object]:
+        """For the log line: counts and words, never text."""
+        plan = self._orders[0].plan
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": sum(e.completion_tokens for e in self._endings.values()),
+            "finish_reasons": [e.finish_reason for _, e in sorted(self._endings.items())],
+            "probe": plan.probe.id if plan is not None else None,
+        }
+
+    async def _events(
+        self, *, silence: float | None
+    ) -> AsyncGenerator[tuple[int, Piece | Ending] | None, None]:
+        """Pieces and endings of all choices as they come; None after `silence` seconds without."""
+        metrics = self._service.metrics
+        streams = [
+            answer(self._service.engine, order, observer=self._observer(order))
+            for order in self._orders
+        ]
+        try:
+            async with aclosing(_merge(streams, silence=silence)) as events:
+                async for item in events:
+                    if item is not None and isinstance(item[1], Ending):
+                        self._endings[item[0]] = item[1]
+                        metrics.choice_finished(item[1].finish_reason)
+                    yield item
+        except HNeuronsError as error:
+            metrics.request_failed(to_api_error(error).code or "unknown")
+            raise
+        metrics.request_finished(self._endpoint, seconds=self._service.clock() - self._started)
+
+    def _observer(self, order: Order) -> Observer:
+        metrics, clock = self._service.metrics, self._service.clock
+        probe = order.plan.probe.id if order.plan is not None else ""
+        last: float | None = None
+
+        def on_step(step: Step) -> None:
+            nonlocal last
+            if step.token_id is None:
+                return
+            now = clock()
+            metrics.token_written()
+            if last is None:
+                metrics.first_token(now - self._started)
+            else:
+                metrics.inter_token(now - last)
+            last = now
+
+        def on_attempt(risk: RiskSummary | None, tokens: Sequence[Token]) -> None:
+            if risk is not None:
+                metrics.response_monitored(risk, tokens)
+
+        def on_action(action: str) -> None:
+            metrics.policy_acted(probe, action=action)
+
+        return Observer(on_step, on_attempt, on_action)
+
+    def _usage(self) -> JSON:
+        return usage(
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=sum(e.completion_tokens for e in self._endings.values()),
+        )
+
+
+async def _merge(
+    streams: Sequence[AsyncGenerator[_T, None]], *, silence: float | None
+) -> AsyncGenerator[tuple[int, _T] | None, None]:
+    """Items of all streams as they come, with their stream's number; None after silence.
+
+    The first error ends all of them; closing this closes them too.
+    """
+    waiting = {asyncio.ensure_future(anext(stream)): i for i, stream in enumerate(streams)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(
+                waiting, timeout=silence, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not done:
+                yield None
+            for task in sorted(done, key=waiting.__getitem__):
+                i = waiting.pop(task)
+                try:
+                    item = task.result()
+                except StopAsyncIteration:
+                    continue
+                yield i, item
+                waiting[asyncio.ensure_future(anext(streams[i]))] = i
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        for stream in streams:
+            await stream.aclose()
+
+
+async def _first(lines: AsyncGenerator[bytes, None]) -> bytes:
+    return await anext(lines)
+
+
+async def _then(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(rest):
+        yield first
+        async for line in rest:
+            yield line

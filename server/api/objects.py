@@ -1,0 +1,131 @@
+"""OpenAI's response objects with our `risk`, as plain dicts; what is sent is exactly this.
+
+Chat and plain completions differ in where the text stands, how log-probabilities look and where
+the prompt's ids are; all of that is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from server.api.token_objects import JSON, chat_logprobs, risk_entries, risk_summary, text_logprobs
+from server.detokenizer import TokenNames
+from server.monitor import Token
+from server.policy import Ending, Order, Piece
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writer:
+    """Makes every object of one answer."""
+
+    id: str
+    model: str
+    created: int
+    system_fingerprint: str
+    is_chat: bool
+    with_token_ids: bool
+    names: TokenNames
+    orders: Sequence[Order]  # one per choice
+
+    def body(self, choices: list[JSON], *, usage: JSON) -> JSON:
+        """The whole answer."""
+        body = self._object("chat.completion" if self.is_chat else "text_completion", choices)
+        if self.is_chat and self.with_token_ids:
+            body["prompt_token_ids"] = self.orders[0].request.prompt_token_ids
+        return body | {"system_fingerprint": self.system_fingerprint, "usage": usage}
+
+    def choice(self, index: int, piece: Piece, ending: Ending) -> JSON:
+        """One choice of the whole answer; `piece` is all that went before the ending."""
+        tokens = (*piece.tokens, *ending.tokens)
+        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        choice: JSON = {
+            "index": index,
+            **({"message": message} if self.is_chat else {"text": piece.text}),
+            "finish_reason": ending.finish_reason,
+            **self._of_tokens(index, tokens),
+        }
+        if self.with_token_ids and not self.is_chat:
+            choice["prompt_token_ids"] = self.orders[index].request.prompt_token_ids
+        if ending.risk is not None:
+            choice["risk"] = risk_summary(ending.risk, tokens)
+        return choice
+
+    def openings(self) -> list[JSON]:
+        """The chunks that say who speaks, before any text: one per choice of a chat."""
+        if not self.is_chat:
+            return []
+        delta = {"role": "assistant", "content": ""}
+        chunks = [
+            self._chunk({"index": i, "delta": delta, "logprobs": None, "finish_reason": None})
+            for i in range(len(self.orders))
+        ]
+        if self.with_token_ids:
+            chunks[0]["prompt_token_ids"] = self.orders[0].request.prompt_token_ids
+        return chunks
+
+    def delta(self, index: int, piece: Piece) -> JSON:
+        """The chunk of one piece of text, with the entries of the tokens that carry it."""
+        choice: JSON = {
+            "index": index,
+            **({"delta": {"content": piece.text}} if self.is_chat else {"text": piece.text}),
+            "finish_reason": None,
+            **self._of_tokens(index, piece.tokens),
+        }
+        plan = self.orders[index].plan
+        if plan is not None and plan.with_tokens:
+            choice["risk"] = {"tokens": risk_entries(piece.tokens, plan)}
+        return self._chunk(choice)
+
+    def closing(self, index: int, ending: Ending) -> JSON:
+        """The last chunk of a choice: why it ended, and its risk as a whole."""
+        choice: JSON = {
+            "index": index,
+            **({"delta": {}} if self.is_chat else {"text": ""}),
+            "finish_reason": ending.finish_reason,
+            **self._of_tokens(index, ending.tokens),
+        }
+        if ending.risk is not None:
+            choice["risk"] = risk_summary(ending.risk, ending.tokens)
+        return self._chunk(choice) | {"system_fingerprint": self.system_fingerprint}
+
+    def usage(self, usage: JSON) -> JSON:
+        """The chunk without choices that `stream_options.include_usage` asks for."""
+        return self._object(self._chunk_name, []) | {"usage": usage}
+
+    @property
+    def _chunk_name(self) -> str:
+        return "chat.completion.chunk" if self.is_chat else "text_completion"
+
+    def _chunk(self, choice: JSON) -> JSON:
+        return self._object(self._chunk_name, [choice])
+
+    def _object(self, name: str, choices: list[JSON]) -> JSON:
+        return {
+            "id": self.id,
+            "object": name,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+    def _of_tokens(self, index: int, tokens: Sequence[Token]) -> JSON:
+        with_risk = self.orders[index].plan is not None
+        logprobs = (
+            chat_logprobs(tokens, self.names, with_risk=with_risk)
+            if self.is_chat
+            else text_logprobs(tokens, self.names)
+        )
+        if not self.with_token_ids:
+            return {"logprobs": logprobs}
+        ids = [token.token_id for token in tokens if token.token_id is not None]
+        return {"logprobs": logprobs, "token_ids": ids}
+
+
+def usage(*, prompt_tokens: int, completion_tokens: int) -> JSON:
+    """Tokens that were read and written; `len(risk.tokens)` of all choices is the latter."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }

@@ -1,0 +1,198 @@
+"""What a client may send, as strict pydantic models: unknown, coerced or non-finite is refused.
+
+A field is either honoured, listed here as accepted without effect, or answered with a 400 that
+names it. `null` means "not set" for OpenAI's optional fields and is refused inside `risk`.
+Bounds that depend on the model (vocabulary, context) are checked in `server/api/orders.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self, TypeAlias
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+MAX_CHOICES = 8
+MAX_PROMPTS = 64
+MAX_STOP_STRINGS = 4
+MAX_LOGPROBS = 20
+_MAX_TOKEN_ID = 2**31 - 1
+
+ShortText: TypeAlias = Annotated[str, StringConstraints(max_length=512)]
+StopString: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+TokenId: TypeAlias = Annotated[int, Field(ge=0, le=_MAX_TOKEN_ID)]
+TokenIdKey: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
+Bias: TypeAlias = Annotated[float, Field(ge=-100, le=100)]
+TokenIds: TypeAlias = Annotated[list[TokenId], Field(min_length=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+class RiskOptions(_Strict):
+    """How to monitor; every field has the server's default when it is absent."""
+
+    probe: ShortText | None = Field(None, description="Name or name@sha of a loaded probe.")
+    alpha: float = Field(1.0, ge=0, le=3, description="Scales the H-Neurons; 1 is off.")
+    threshold: float | None = Field(
+        None, ge=0, le=1, description="Of tokens and answer; absent: the probe's operating points."
+    )
+    tokens: bool = Field(True, description="Return one entry per token.")
+    contributors: int = Field(0, ge=0, le=10, description="Neurons to name per token.")
+    policy: Literal["flag", "stop", "withhold", "retry"] = "flag"
+
+    @field_validator("probe", "threshold", mode="before")
+    @classmethod
+    def _not_null(cls, value: object) -> object:
+        if value is None:
+            raise ValueError("must not be null; leave it out for the default")
+        return value
+
+
+Risk: TypeAlias = bool | RiskOptions
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+
+
+class TextFormat(_Strict):
+    type: Literal["text"]
+
+
+class _Generation(_Strict):
+    """What chat and plain completions have in common."""
+
+    model: ShortText
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=_MAX_TOKEN_ID, description="0 and -1 are off.")
+    min_p: float | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, ge=0, le=2**63 - 1 - MAX_CHOICES * MAX_PROMPTS)
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    max_tokens: int | None = Field(None, ge=1, le=_MAX_TOKEN_ID)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=2)
+    logit_bias: Annotated[dict[TokenIdKey, Bias], Field(max_length=1024)] | None = None
+    ignore_eos: bool | None = Field(None, description="For load tests.")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    risk: Risk | None = None
+    # Accepted without effect: bookkeeping of the client's own.
+    user: ShortText | None = None
+    metadata: Annotated[dict[ShortText, ShortText], Field(max_length=16)] | None = None
+    store: bool | None = None
+    service_tier: ShortText | None = None
+    safety_identifier: ShortText | None = None
+    prompt_cache_key: ShortText | None = None
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @field_validator("stream_options")
+    @classmethod
+    def _needs_stream(
+        cls, value: StreamOptions | None, info: ValidationInfo
+    ) -> StreamOptions | None:
+        if value is not None and not info.data.get("stream"):
+            raise ValueError("needs stream: true")
+        return value
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=1024)]
+    name: Annotated[str, StringConstraints(max_length=64)] | None = None
+    # An assistant message that a client sends back as it came: these must be empty.
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[list[object], Field(max_length=0)] | None = None
+    annotations: Annotated[list[object], Field(max_length=0)] | None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+Messages: TypeAlias = Annotated[list[Message], Field(min_length=1, max_length=1024)]
+
+
+class ChatRequest(_Generation):
+    """Body of `POST /v1/chat/completions`."""
+
+    messages: Messages
+    max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_TOKEN_ID)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    response_format: TextFormat | None = None
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _needs_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and not info.data.get("logprobs"):
+            raise ValueError("needs logprobs: true")
+        return value
+
+    @field_validator("max_completion_tokens")
+    @classmethod
+    def _is_only_limit(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("max_tokens") is not None:
+            raise ValueError("means the same as max_tokens; send one of them")
+        return value
+
+
+class CompletionRequest(_Generation):
+    """Body of `POST /v1/completions`."""
+
+    prompt: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: Literal[False] | None = None
+
+
+class ScoreTextRequest(_Strict):
+    """Body of `POST /v1/risk`: one of the three pairs, scored without generating."""
+
+    model: ShortText | None = None
+    messages: Messages | None = None
+    answer: Annotated[str, StringConstraints(min_length=1)] | None = None
+    prompt: str | None = None
+    text: Annotated[str, StringConstraints(min_length=1)] | None = None
+    prompt_token_ids: TokenIds | None = None
+    token_ids: TokenIds | None = None
+    risk: Risk | None = None
+
+    @model_validator(mode="after")
+    def _one_pair(self) -> Self:
+        pairs = (("messages", "answer"), ("prompt", "text"), ("prompt_token_ids", "token_ids"))
+        given = [[name for name in pair if getattr(self, name) is not None] for pair in pairs]
+        if sorted(map(len, given)) != [0, 0, 2]:
+            raise ValueError(
+                "send exactly one pair: messages and answer, prompt and text, "
+                "or prompt_token_ids and token_ids"
+            )
+        return self

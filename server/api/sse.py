@@ -1,0 +1,96 @@
+"""Server-sent events, and what happens when nobody listens any more.
+
+Only `data:` lines and comments: clients break on other event names. A client that leaves ends the
+work at once, streamed or not: `unless_gone` races the work against the disconnect.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+SEND_SECONDS = 30.0  # without progress: the client has stopped reading
+
+_T = TypeVar("_T")
+
+
+class ClientGoneError(Exception):
+    """The client left; nobody will read an answer."""
+
+
+def event(data: dict[str, Any]) -> bytes:
+    """One event; the caller has made sure that every float is finite."""
+    return b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
+    """The result of `work`, which is cancelled with ClientGoneError when the client leaves."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGoneError
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+class EventStream(Response):
+    """Sends what `lines` yields; closes `lines`, and with it the engine's work, in any case.
+
+    on_abort  told "disconnect" or "slow_client" when the stream ends because of its client
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        lines: AsyncGenerator[bytes, None],
+        *,
+        on_abort: Callable[[str], None],
+        send_seconds: float = SEND_SECONDS,
+    ) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._lines = lines
+        self._on_abort = on_abort
+        self._send_seconds = send_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._lines):
+            try:
+                await unless_gone(receive, self._write(send))
+            except ClientGoneError:
+                self._on_abort("disconnect")
+
+    async def _write(self, send: Send) -> None:
+        start = {
+            "type": "http.response.start",
+            "status": self.status_code,
+            "headers": self.raw_headers,
+        }
+        await send(start)
+        async for line in self._lines:
+            try:
+                async with asyncio.timeout(self._send_seconds):
+                    await send({"type": "http.response.body", "body": line, "more_body": True})
+            except TimeoutError:
+                self._on_abort("slow_client")
+                return  # unfinished: the server closes the connection
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
