@@ -1,0 +1,108 @@
+"""README.md and docs/: their examples run, their links lead somewhere, the tree is the tree."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+RUNNABLE = [ROOT / "README.md", ROOT / "docs" / "api.md"]
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def curls(path: Path) -> list[str]:
+    """Each curl command of the console blocks, with the lines that its quotes join."""
+    text = "\n".join(blocks(path, "console"))
+    return re.findall(r"^curl (?:[^'\n]|'[^']*')*", text, re.MULTILINE)
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A fake engine behind the real command, under the name that the documents use."""
+    command = [sys.executable, "-m", "server", "demo", "--engine", "fake", "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        announced = re.search(r"playground: http://([\d.:]+)/", process.stdout.readline())
+        assert announced, "the server did not say where its page is"
+        yield announced[1]
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+
+
+@pytest.mark.parametrize("path", RUNNABLE, ids=relative)
+def test_every_curl_example_is_answered(path: Path, address: str) -> None:
+    """The first thing a reader does is paste; a 400 is the end of the visit."""
+    commands = curls(path)
+    assert commands
+    for command in commands:
+        command = command.replace("127.0.0.1:8000", address).replace("curl -s", "curl -sS --fail")
+        run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+        assert run.returncode == 0, f"{command}\n{run.stderr}"
+        assert run.stdout.startswith("{")
+
+
+@pytest.mark.parametrize("path", RUNNABLE, ids=relative)
+def test_every_python_example_runs(path: Path, address: str) -> None:
+    """Written once, true until somebody renames a field."""
+    examples = blocks(path, "python")
+    assert examples
+    for code in examples:
+        run = subprocess.run(
+            [sys.executable, "-c", code.replace("127.0.0.1:8000", address)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "NO_PROXY": "127.0.0.1"},
+        )
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.strip()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=relative)
+def test_every_link_leads_to_a_file(path: Path) -> None:
+    """A dead link in a security page says more than the page."""
+    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)[^)]*\)", path.read_text())
+    dead = [target for target in targets if not (path.parent / target).exists()]
+    assert dead == []
+
+
+def test_every_decision_is_in_the_list() -> None:
+    """A decision that nobody finds is taken again, differently."""
+    folder = ROOT / "docs" / "decisions"
+    listed = set(re.findall(r"\]\(([\w-]+\.md)\)", (folder / "README.md").read_text()))
+    assert listed == {path.name for path in folder.glob("*.md")} - {"README.md"}
+
+
+def test_the_readme_prints_the_tree_as_it_is() -> None:
+    """The tree is the diagram: a file that it lacks, or that is gone, makes a wrong map."""
+    folder, printed = "", set()
+    tree = next(block for block in blocks(ROOT / "README.md", "text") if "cett.py" in block)
+    for line in tree.splitlines():
+        if found := re.match(r"(\w[\w/-]*/)(?: |$)", line):
+            folder = found[1]
+        elif found := re.match(r"  ([\w.-]+)(?: |$)", line):
+            printed.add(folder + found[1])
+    packages = ("probes", "server", "offline")
+    listing = subprocess.run(
+        ["git", "ls-files", *packages], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    there = {name for name in listing.stdout.split() if name.endswith(".py")}
+    there -= {name for name in there if name.endswith("__init__.py")}
+    assert printed == there
