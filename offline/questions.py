@@ -1,0 +1,163 @@
+"""Question files, and how a question is put to the model.
+
+A row needs `id` and either `question` + `answers` (a question that can be answered wrongly) or
+`prompt` (an ordinary prompt: stories, tips, small talk). `group` and `split` are optional.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from offline.records import RecordError
+
+MAX_ROW_BYTES = 1_000_000
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of a question file; keys beyond these are other people's and are left alone."""
+
+    id: str
+    question: str = ""
+    answers: tuple[str, ...] = ()
+    prompt: str = ""
+    group: str = ""
+    kind: str = ""
+    split: str = ""
+
+
+class Source(NamedTuple):
+    """`PATH:STYLE[:PER_GROUP[:SKIP]]` of the command line: which rows are asked, and how."""
+
+    path: Path
+    style: str
+    per_group: int  # at most so many rows of each group; 0: all
+    skip: int  # leave out so many rows of each group first: they belong to another style
+
+    @classmethod
+    def parse(cls, text: str) -> Source:
+        path, style, per_group, skip = (*text.split(":"), "", "", "")[:4]
+        style = style or "ask"
+        if style not in STYLES:
+            raise RecordError(f"{text!r}: style {style!r} is not one of {', '.join(STYLES)}")
+        if not all(number.isdecimal() for number in (per_group or "0", skip or "0")):
+            raise RecordError(
+                f"{text!r}: expected PATH:STYLE[:PER_GROUP[:SKIP]] with whole numbers"
+            )
+        return cls(Path(path), style, int(per_group or 0), int(skip or 0))
+
+
+class Question(NamedTuple):
+    """A row, ready to be sent."""
+
+    id: str
+    source: str
+    style: str
+    group: str
+    question: str
+    prompt: str
+    gold: tuple[str, ...]
+    split: str
+    max_tokens: int
+
+
+def _complete(text: str) -> str:
+    return f"Complete the sentence: {text} ... Respond with the missing words only."
+
+
+def _answer_only(text: str) -> str:
+    """The paper's suffix."""
+    question = text if text.rstrip().endswith("?") else f"{text}?"
+    return f"{question} Respond with the answer only, without any explanation."
+
+
+def _ask(text: str) -> str:
+    """As people ask in a chat; a statement prefix becomes a question where its form allows it."""
+    prefix = re.fullmatch(r"The (.+) is", text)
+    if prefix:
+        return f"What is the {prefix[1]}?"
+    return text if text.rstrip().endswith("?") else f"Finish this sentence: {text}"
+
+
+def _as_is(text: str) -> str:
+    return text
+
+
+STYLES: dict[str, tuple[Callable[[str], str], int]] = {
+    # name: (how the prompt is made, most tokens of the answer)
+    "complete": (_complete, 24),
+    "answer_only": (_answer_only, 24),
+    "ask": (_ask, 40),
+    "ordinary": (_as_is, 160),
+}
+
+
+def read_questions(source: Source) -> list[Question]:
+    """The chosen rows in an order that does not depend on the file's; RecordError names the row."""
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in sorted(_read_rows(source.path), key=lambda row: _shuffle_key(row.id)):
+        groups[row.group].append(row)
+    stop = source.skip + source.per_group if source.per_group else None
+    chosen = [row for rows in groups.values() for row in rows[source.skip : stop]]
+    make_prompt, max_tokens = STYLES[source.style]
+    name = source.path.stem
+    return [
+        Question(
+            id=f"{name}/{source.style}/{row.id}",
+            source=name,
+            style=source.style,
+            group=row.group or row.kind,
+            question=row.question,
+            prompt=make_prompt(row.question or row.prompt),
+            gold=row.answers,
+            split=row.split,
+            max_tokens=max_tokens,
+        )
+        for row in sorted(chosen, key=lambda row: _shuffle_key(row.id))
+    ]
+
+
+def check_unique(questions: Sequence[Question]) -> None:
+    """RecordError when one id is asked twice: its answers could not be told apart."""
+    seen: set[str] = set()
+    for question in questions:
+        if question.id in seen:
+            raise RecordError(f"question {question.id!r} is asked twice; give each source once")
+        seen.add(question.id)
+
+
+def _read_rows(path: Path) -> list[Row]:
+    rows: list[Row] = []
+    seen: set[str] = set()
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        if len(line) > MAX_ROW_BYTES:
+            raise RecordError(
+                f"{path}, line {number}: {len(line)} bytes, more than {MAX_ROW_BYTES}; "
+                f"is this a JSON Lines file?"
+            )
+        try:
+            row = msgspec.json.decode(line, type=Row)
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+            raise RecordError(f"{path}, line {number}: {exc}") from exc
+        if bool(row.prompt) == bool(row.question and row.answers):
+            raise RecordError(
+                f"{path}, line {number} ({row.id!r}): needs a question with at least one answer, "
+                f"or a prompt"
+            )
+        if row.id in seen:
+            raise RecordError(f"{path}, line {number}: id {row.id!r} stands there twice")
+        seen.add(row.id)
+        rows.append(row)
+    return rows
+
+
+def _shuffle_key(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
