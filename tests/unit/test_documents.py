@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import signal
@@ -91,18 +92,23 @@ def test_every_decision_is_in_the_list() -> None:
 
 
 def test_the_readme_prints_the_tree_as_it_is() -> None:
-    """The tree is the diagram: a file that it lacks, or that is gone, makes a wrong map."""
-    folder, printed = "", set()
-    tree = next(block for block in blocks(ROOT / "README.md", "text") if "cett.py" in block)
-    for line in tree.splitlines():
-        if found := re.match(r"(\w[\w/-]*/)(?: |$)", line):
-            folder = found[1]
-        elif found := re.match(r"  ([\w.-]+)(?: |$)", line):
-            printed.add(folder + found[1])
-    packages = ("probes", "server", "offline")
+    """The tree is the diagram: a file that it lacks, or describes wrongly, makes a wrong map."""
     listing = subprocess.run(
-        ["git", "ls-files", *packages], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "probes", "server", "offline"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    there = {name for name in listing.stdout.split() if name.endswith(".py")}
-    there -= {name for name in there if name.endswith("__init__.py")}
-    assert printed == there
+    modules = [path for name in listing.stdout.split() if (path := ROOT / name).suffix == ".py"]
+    lines: list[str] = []
+    for folder in sorted({path.parent for path in modules}):
+        lines.append(f"{folder.relative_to(ROOT)}/")
+        for path in sorted(folder.glob("*.py")):
+            if path in modules and path.name != "__init__.py":
+                document = ast.get_docstring(ast.parse(path.read_text())) or ""
+                first = " ".join(document.partition("\n\n")[0].split())
+                lines.append(f"  {path.name:<20} {first}")
+    tree = "\n".join(lines)
+    printed = next(block for block in blocks(ROOT / "README.md", "text") if "cett.py" in block)
+    assert printed.rstrip("\n") == tree, f"README.md should hold this tree:\n{tree}"
