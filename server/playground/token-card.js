@@ -13,7 +13,7 @@ export class TokenCard {
   #timer = 0;
 
   constructor() {
-    document.body.append(this.#card);
+    document.querySelector("main").append(this.#card); // inside a landmark; placed by page coordinates
     this.#card.addEventListener("pointerenter", () => clearTimeout(this.#timer));
     this.#card.addEventListener("pointerleave", () => this.#hideSoon());
     document.addEventListener("keydown", (event) => event.key === "Escape" && this.hide());

@@ -7,6 +7,7 @@ sentence; in CI (CI=true) its absence is a failure.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -83,12 +84,14 @@ class Visit:
 
     context: BrowserContext
     page: Page
+    allowed: str
     complaints: list[str] = field(default_factory=list)
     hosts: set[str] = field(default_factory=set)
 
     def console(self, message: ConsoleMessage) -> None:
         # Chromium itself reports every HTTP refusal (see `response`).
-        if message.type in {"error", "warning"} and "Failed to load resource" not in message.text:
+        known = re.search(f"Failed to load resource|{self.allowed}", message.text)
+        if message.type in {"error", "warning"} and not known:
             self.complaints.append(f"{message.type}: {message.text}")
 
     def response(self, response: Response) -> None:
@@ -102,11 +105,14 @@ def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
     """Open an address in a fresh context; afterwards: no console error, no foreign request."""
     visits: list[Visit] = []
 
-    def open_page(address: str, *, width: int = 1440, height: int = 900, **options: str) -> Page:
+    def open_page(
+        address: str, *, width: int = 1440, height: int = 900, allowed: str = "$^", **options: str
+    ) -> Page:
+        """`allowed`: pattern of console messages that the test provokes."""
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
         context.set_default_timeout(20_000)
         page = context.new_page()
-        made = Visit(context, page)
+        made = Visit(context, page, allowed)
         visits.append(made)
         page.on("console", made.console)
         page.on("response", made.response)

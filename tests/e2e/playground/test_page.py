@@ -291,12 +291,12 @@ def test_a_refusal_is_shown_in_words(
 
 
 def test_the_servers_own_words_explain_a_bad_value(fake: str, visit: Open) -> None:
-    """A 400 names the parameter; the page passes that on."""
+    """A 400 says what is too much for this model; the page passes that on."""
     page = visit(fake)
     page.locator("#settings summary").click()
     page.fill("#max-tokens", "9999999")
     ask(page, "hello")
-    expect(page.get_by_role("alert")).to_contain_text("max_tokens")
+    expect(page.get_by_role("alert")).to_contain_text("context holds 4096 tokens")
 
 
 def test_an_error_inside_the_stream_keeps_what_was_written(fake: str, visit: Open) -> None:
