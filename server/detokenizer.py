@@ -30,7 +30,7 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._window = self._context(prompt)  # begins where a character begins
         self._boundary = len(self._window)  # tokens of the window before the newest piece
-        self._shown = len(self._decode(self._window))  # characters of the window already given
+        self._shown = len(self._finished(self._window))  # characters of the window already given
 
     def push(self, token_id: int) -> str:
         """The characters that this token completes; often "", sometimes several."""
@@ -49,12 +49,16 @@ class Detokenizer:
         return piece
 
     def _context(self, prompt: Sequence[int]) -> list[int]:
-        """The shortest useful end of the prompt that begins and ends with whole characters."""
+        """The shortest useful end of the prompt that begins with a whole character."""
         for length in range(_SHORTEST_CONTEXT, min(len(prompt), _LONGEST_CONTEXT)):
             context = list(prompt[-length:])
-            if _REPLACEMENT not in self._decode(context):
+            finished = self._finished(context)
+            if finished and _REPLACEMENT not in finished:
                 return context
         return list(prompt) if len(prompt) <= _LONGEST_CONTEXT else []
+
+    def _finished(self, ids: Sequence[int]) -> str:
+        return self._decode(ids).rstrip(_REPLACEMENT)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return decode(self._tokenizer, ids)

@@ -44,7 +44,8 @@ class Metrics:
     """Counters and histograms of one server; the engine's gauges are read when scraped."""
 
     def __init__(self, *, model_name: str, health: Callable[[], Health] | None = None) -> None:
-        disable_created_metrics()  # process-wide: without it every counter is exported twice
+        # Process-wide: without it every counter is exported twice.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._model_name = model_name
         self._requests = self._counter("requests", "Requests that passed validation.", ["endpoint"])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 
 from probes.probe import Probe
+from server.detokenizer import TokenNames
 from server.engines.base import Engine
 from server.metrics import Metrics
 
@@ -32,11 +34,16 @@ class Service:
         """The name that responses carry and metrics are labelled with."""
         return self.served_names[0]
 
-    @property
+    @cached_property
     def system_fingerprint(self) -> str:
         """Changes with the server's version and with the model's weights."""
         weights = self.engine.card.identity.weights_fingerprint
         return f"hneurons-{version('hneurons')}-{weights[:12]}"
+
+    @cached_property
+    def token_names(self) -> TokenNames:
+        """How tokens are called in log-probabilities."""
+        return TokenNames(self.engine.tokenizer)
 
     def probe(self, name: str) -> Probe | None:
         """The loaded probe of that name, or of that `name@sha`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from server.api.answers import TextCompletion, documented
 from server.api.generation import new_id, respond
 from server.api.orders import completion_orders
 from server.api.schemas import CompletionRequest
@@ -12,7 +13,7 @@ from server.api.schemas import CompletionRequest
 router = APIRouter(tags=["openai"])
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=documented(TextCompletion, chunk=TextCompletion))
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
     """Continue one or several prompts; with `risk`, as in chat."""
     service = request.app.state.service

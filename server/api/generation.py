@@ -19,8 +19,7 @@ from server.api.objects import Writer, usage
 from server.api.schemas import ChatRequest, CompletionRequest
 from server.api.sse import DONE, KEEP_ALIVE, ClientGoneError, EventStream, event, unless_gone
 from server.api.token_objects import JSON
-from server.detokenizer import TokenNames
-from server.engines.base import Step
+from server.engines.base import EngineOverloadedError, Step
 from server.monitor import RiskSummary, Token
 from server.policy import Ending, Observer, Order, Piece, answer
 from server.service import Service
@@ -54,7 +53,7 @@ async def respond(
             system_fingerprint=service.system_fingerprint,
             is_chat=is_chat,
             with_token_ids=bool(body.return_token_ids),
-            names=TokenNames(service.engine.tokenizer),
+            names=service.token_names,
             orders=orders,
         ),
     )
@@ -164,6 +163,8 @@ class _Run:
                         self._endings[item[0]] = item[1]
                         metrics.choice_finished(item[1].finish_reason)
                     yield item
+        except EngineOverloadedError:
+            raise  # refused, not failed
         except HNeuronsError as error:
             metrics.request_failed(to_api_error(error).code or "unknown")
             raise

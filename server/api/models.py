@@ -9,20 +9,21 @@ import msgspec
 from fastapi import APIRouter, Request
 
 from probes.probe import Probe, ResponseRule, TokenRule
+from server.api.answers import Model, ModelList, ProbeList, documented
 from server.api.errors import APIError
 from server.service import Service
 
 router = APIRouter(tags=["openai"])
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses=documented(ModelList))
 async def list_models(request: Request) -> dict[str, Any]:
     """The names under which the one model is served."""
     service = request.app.state.service
     return {"object": "list", "data": [_model(service, name) for name in service.served_names]}
 
 
-@router.get("/v1/models/{model:path}")
+@router.get("/v1/models/{model:path}", responses=documented(Model))
 async def read_model(model: str, request: Request) -> dict[str, Any]:
     """One of those names."""
     service = request.app.state.service
@@ -31,7 +32,7 @@ async def read_model(model: str, request: Request) -> dict[str, Any]:
     return _model(service, model)
 
 
-@router.get("/v1/probes")
+@router.get("/v1/probes", responses=documented(ProbeList))
 async def list_probes(request: Request) -> dict[str, Any]:
     """The cards of the loaded probes: thresholds with what they cost, evaluation, limits."""
     service = request.app.state.service

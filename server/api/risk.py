@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from probes.errors import HNeuronsError
+from server.api.answers import ScoredText, documented
 from server.api.errors import APIError, to_api_error
 from server.api.generation import new_id
 from server.api.orders import (
@@ -42,7 +43,7 @@ class _Given:
     tokens: tuple[Token, ...]
 
 
-@router.post("/v1/risk")
+@router.post("/v1/risk", responses=documented(ScoredText))
 async def score_text(body: ScoreTextRequest, request: Request) -> Response:
     """Read a given answer, or any text after any prompt, as if the model had written it."""
     service: Service = request.app.state.service

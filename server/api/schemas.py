@@ -77,7 +77,7 @@ class _Generation(_Strict):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=_MAX_TOKEN_ID, description="0 and -1 are off.")
     min_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(None, ge=0, le=2**63 - 1 - MAX_CHOICES * MAX_PROMPTS)
+    seed: int | None = Field(None, ge=0, le=2**62, description="Choice i uses seed + i.")
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
     max_tokens: int | None = Field(None, ge=1, le=_MAX_TOKEN_ID)
     presence_penalty: float | None = Field(None, ge=-2, le=2)

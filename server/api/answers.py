@@ -1,0 +1,294 @@
+"""What the server answers, as documentation: OpenAPI is made from these models.
+
+They are not on the hot path (`objects.py` writes plain dicts); tests validate every answer and
+every chunk against them, so that neither can change without the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Probability: TypeAlias = float
+Responses: TypeAlias = dict[int | str, dict[str, Any]]
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ErrorDetail(_Answer):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(_Answer):
+    """OpenAI's error object; also the last event of a stream that failed."""
+
+    error: ErrorDetail
+
+
+class Contributor(_Answer):
+    """Share of one neuron in the token's logit: weight times CETT."""
+
+    layer: int
+    neuron: int
+    value: float
+
+
+class RiskToken(_Answer):
+    """One written token; `risk` null is "not scored", which is never "safe"."""
+
+    token: str = Field(description="The visible text it carries; empty for the end of the turn.")
+    token_id: int | None = Field(description="null when the answer was withheld")
+    start: int = Field(description="Code points of the visible text, half-open.")
+    end: int
+    risk: Probability | None = Field(ge=0, le=1, description="Calibrated, higher is worse.")
+    segment: Literal["content"]
+    contributors: list[Contributor] | None = None
+
+
+class RiskSpan(_Answer):
+    """A run of flagged tokens."""
+
+    start: int
+    end: int
+    text: str
+    risk: Probability = Field(ge=0, le=1)
+
+
+class RiskAttempt(_Answer):
+    """One generation under the policy `retry`."""
+
+    alpha: float
+    score: Probability | None
+    flagged: bool | None
+    returned: bool
+
+
+class RiskTokens(_Answer):
+    """`choices[].risk` of a chunk that carries text."""
+
+    tokens: list[RiskToken]
+
+
+class RiskReport(_Answer):
+    """`choices[].risk` of a whole choice; in a stream it rides on the chunk with finish_reason."""
+
+    status: Literal["scored", "partial", "unavailable"]
+    reason: Literal["not_read", "nonfinite", "no_text"] | None
+    probe: str = Field(description="name@sha")
+    position: Literal["read", "write"]
+    score: Probability | None = Field(ge=0, le=1)
+    flagged: bool | None
+    threshold: float
+    token_threshold: float
+    operating_point: str | None = Field(description="null: the request set its own threshold")
+    alpha: float
+    calibrated: bool = Field(description="false when alpha is not 1")
+    policy: Literal["flag", "stop", "withhold", "retry"]
+    spans: list[RiskSpan]
+    unscored: dict[str, int]
+    tokens: list[RiskToken] = Field(description="In a stream: those not sent before.")
+    attempts: list[RiskAttempt] | None = None
+
+
+class TopLogprob(_Answer):
+    token: str
+    bytes: list[int]
+    logprob: float
+
+
+class ChatLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+    risk: Probability | None = Field(None, description="Present when risk was asked for.")
+
+
+class ChatLogprobs(_Answer):
+    content: list[ChatLogprob]
+    refusal: None
+
+
+class TextLogprobs(_Answer):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class Usage(_Answer):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ChatMessage(_Answer):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatDelta(_Answer):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+FinishReason: TypeAlias = Literal["stop", "length", "content_filter"]
+
+
+class ChatChoice(_Answer):
+    index: int
+    message: ChatMessage
+    finish_reason: FinishReason
+    logprobs: ChatLogprobs | None
+    token_ids: list[int] | None = None
+    risk: RiskReport | None = None
+
+
+class ChatCompletion(_Answer):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    system_fingerprint: str
+    prompt_token_ids: list[int] | None = None
+
+
+class ChatChunkChoice(_Answer):
+    index: int
+    delta: ChatDelta
+    finish_reason: FinishReason | None
+    logprobs: ChatLogprobs | None
+    token_ids: list[int] | None = None
+    risk: RiskReport | RiskTokens | None = None
+
+
+class ChatCompletionChunk(_Answer):
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    system_fingerprint: str | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class TextChoice(_Answer):
+    index: int
+    text: str
+    finish_reason: FinishReason | None
+    logprobs: TextLogprobs | None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+    risk: RiskReport | RiskTokens | None = None
+
+
+class TextCompletion(_Answer):
+    """A whole completion, and with `stream` each of its chunks."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage | None = None
+    system_fingerprint: str | None = None
+
+
+class ScoreUsage(_Answer):
+    prompt_tokens: int
+    scored_tokens: int
+
+
+class ScoredText(_Answer):
+    id: str
+    object: Literal["risk"]
+    created: int
+    model: str
+    usage: ScoreUsage
+    risk: RiskReport
+
+
+class Model(_Answer):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+
+
+class ModelList(_Answer):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class OperatingPoint(_Answer):
+    name: str
+    threshold: float
+    false_positive_rate: float
+    recall: float
+
+
+class Thresholds(_Answer):
+    head: str
+    default: str
+    operating_points: list[OperatingPoint]
+
+
+class ProbeThresholds(_Answer):
+    token: Thresholds
+    response: Thresholds
+
+
+class EvaluationRow(_Answer):
+    dataset: str
+    detector: str
+    metric: str
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+class ProbeInfo(_Answer):
+    id: str
+    object: Literal["probe"]
+    name: str
+    default: bool
+    position: Literal["read", "write"]
+    heads: list[str]
+    neurons: int
+    layers: int
+    h_neurons: int
+    thresholds: ProbeThresholds
+    evaluation: list[EvaluationRow]
+    not_good_for: list[str]
+    created: int
+
+
+class ProbeList(_Answer):
+    object: Literal["list"]
+    data: list[ProbeInfo]
+
+
+_ERRORS: Responses = {
+    "4XX": {"model": ErrorBody, "description": "Refused; `param` names the field."},
+    "5XX": {"model": ErrorBody, "description": "Failed or not ready; see `code`, Retry-After."},
+}
+
+
+def documented(whole: type[BaseModel], *, chunk: type[BaseModel] | None = None) -> Responses:
+    """`responses=` of a route: its answer, its events, its errors."""
+    responses: Responses = {"200": {"model": whole, "description": "The answer."}, **_ERRORS}
+    if chunk is not None:
+        responses["200"]["description"] = (
+            f"The answer; with `stream: true` events, each a {chunk.__name__}, then [DONE]."
+        )
+        responses["200"]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+    return responses
