@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import pkgutil
 import re
 import signal
 import subprocess
@@ -112,3 +113,12 @@ def test_the_readme_prints_the_tree_as_it_is() -> None:
     tree = "\n".join(lines)
     printed = next(block for block in blocks(ROOT / "README.md", "text") if "cett.py" in block)
     assert printed.rstrip("\n") == tree, f"README.md should hold this tree:\n{tree}"
+
+
+def test_every_name_of_the_architecture_exists() -> None:
+    """A walk through the code that names what was renamed leads into a wall."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    names = set(re.findall(r"`((?:probes|server|offline)\.[\w.]+)`", text))
+    assert len(names) > 30
+    for name in sorted(names):
+        pkgutil.resolve_name(name)
