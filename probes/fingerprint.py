@@ -8,6 +8,7 @@ attention alone changes what the neurons see without changing them.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 
 import msgspec
@@ -125,6 +126,29 @@ def weights_fingerprint(parameters: Iterable[Tensor]) -> str:
     """sha256 over the sorted sha256 of every parameter: dtype, shape and bytes (see WHOLE)."""
     digests = sorted(_parameter_digest(parameter.detach()) for parameter in parameters)
     return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def tokenizer_sha256(tokenizer: object) -> str:
+    """Digest of what turns text into ids: vocabulary, merges, added tokens, pre- and post-steps.
+
+    `tokenizer` is a fast tokenizer of transformers; duck-typed. ModelError for a slow one.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError(
+            f"{type(tokenizer).__name__} is not a fast tokenizer; the model needs a tokenizer.json"
+        )
+    content = json.loads(backend.to_str())
+    for setting in ("version", "truncation", "padding"):
+        content.pop(setting, None)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def chat_template_sha256(tokenizer: object) -> str:
+    """Digest of what turns messages into a prompt; of the empty text where there is none."""
+    template = getattr(tokenizer, "chat_template", None) or ""
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def match(probe: Probe, found: ModelIdentity) -> None:

@@ -5,8 +5,6 @@ Nothing from a model repository is executed: folders with code are refused, weig
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from probes.errors import ModelError, ProbeError
-from probes.fingerprint import identity, match
+from probes.fingerprint import chat_template_sha256, identity, match, tokenizer_sha256
 from probes.neurons import find_ffns
 from probes.probe import Probe
 from probes.tap import Meter
@@ -71,7 +69,7 @@ def load_transformers_engine(
         model_id=model_id,
         revision=commit,
         tokenizer_sha256=tokenizer_sha256(tokenizer),
-        chat_template_sha256=_sha256(tokenizer.chat_template or ""),
+        chat_template_sha256=chat_template_sha256(tokenizer),
     )
     names = [probe.card.name for probe in probes]
     if len(set(names)) != len(names):
@@ -100,24 +98,6 @@ def load_transformers_engine(
         max_waiting_tokens=max_waiting_tokens,
         prefill_tokens=PREFILL_TOKENS.get(place.type, PREFILL_TOKENS["cpu"]),
     )
-
-
-def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of what turns text into ids: vocabulary, merges, added tokens, pre- and post-steps."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise ModelError(
-            f"{type(tokenizer).__name__} is not a fast tokenizer; the model needs a tokenizer.json"
-        )
-    content = json.loads(backend.to_str())
-    for setting in ("version", "truncation", "padding"):
-        content.pop(setting, None)
-    return _sha256(content)
-
-
-def _sha256(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _load_model(model_path: Path | str, revision: str | None, dtype: str | None) -> PreTrainedModel:
