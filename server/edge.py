@@ -29,6 +29,7 @@ _REFUSALS = {
     429: "overloaded",
     503: "unavailable",
 }
+_CLIENT_GONE = 499  # nobody reads that answer; counted as an abort where it happens
 _QUIET_ROUTES = frozenset({"/livez", "/readyz", "/metrics"})
 _SECURITY_HEADERS = {
     "x-content-type-options": "nosniff",
@@ -78,7 +79,7 @@ class Edge:
             if status == 0:
                 await to_api_error(error).response()(scope, receive, send_with_headers)
         finally:
-            if status >= 400:
+            if status >= 400 and status != _CLIENT_GONE:
                 word = "failed" if status == 500 else "invalid_request"
                 self.metrics.request_rejected(_REFUSALS.get(status, word))
             _log_request(scope, status, started, request_id, record)

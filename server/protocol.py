@@ -17,7 +17,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from server.api.errors import APIError
 
 SECONDS_TO_RECEIVE = 10.0  # for all headers of a request, or the rest of a refused body
-SECONDS_TO_SEND = 30.0  # without the client taking what waits for it
+# Without the client taking what waits for it. Later than the stream's own limit (sse.py), which
+# knows why it aborts; this one frees the socket, whatever was being sent.
+SECONDS_TO_SEND = 35.0
 SEND_BUFFER_BYTES = 64 * 1024  # of the kernel's; by default a slow reader parks megabytes there
 
 
