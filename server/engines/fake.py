@@ -214,7 +214,7 @@ class FakeEngine:
         if request.probe is None:
             return None
         reading = self._reading_of(request, tokens[position], position)
-        if position == len(request.prompt_token_ids) + script.nan - 1:
+        if script.nan and position == len(request.prompt_token_ids) + script.nan - 1:
             return reading._replace(logits=(math.nan,) * len(reading.logits))
         return reading
 
