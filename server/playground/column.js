@@ -39,7 +39,7 @@ export class Column {
   constructor({ title, alpha, rule, card }) {
     this.#rule = rule;
     this.#calibrated = alpha === 1;
-    this.element = el("article", { class: "column", "aria-label": title, "data-probe": rule ? "yes" : "no" }, ...this.#parts(title));
+    this.element = el("article", { class: "column", "aria-label": title, "data-probe": rule ? "yes" : "no", "data-calibrated": this.#calibrated ? "yes" : "no" }, ...this.#parts(title));
     this.#note.textContent = rule ? (this.#calibrated ? "" : NOT_CALIBRATED) : NO_PROBE;
     if (rule) {
       this.#answer.threshold = rule.token.threshold;
@@ -148,6 +148,7 @@ export class Column {
     if (!this.#rule) return;
     this.#draw();
     this.#fillTable();
+    this.#listSpans();
     if (!this.#summary) {
       this.#describe("Not known", "the answer did not reach its end");
       return;
@@ -161,7 +162,6 @@ export class Column {
     this.#score.dataset.level = place;
     if (place === "unscored") this.#describe("Not scored", `${whyNotScored(this.#unscored)}, which is not a low risk`);
     else this.#describe(place === "flagged" ? "Flagged" : "Not flagged", `threshold ${brief(threshold)} at ${percent(rate)} false positives${missing}`);
-    this.#listSpans();
   }
 
   #describe(verdict, measure) {
@@ -182,7 +182,7 @@ export class Column {
       const [start, end] = [tokens[first].start, tokens[stop - 1].end];
       // The server pools a span's logits at its own operating point; at another one only the
       // tokens' risks are known here, and those are never averaged.
-      const served = this.#summary.spans.find((span) => span.start === start && span.end === end);
+      const served = this.#summary?.spans.find((span) => span.start === start && span.end === end);
       const worst = Math.max(...tokens.slice(first, stop).map(({ risk }) => risk));
       const figure = served ? brief(served.risk) : `up to ${brief(worst)}`;
       return el("li", {}, el("q", {}, points.slice(start, end).join("").trim()), el("span", { class: "figure" }, figure));

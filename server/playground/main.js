@@ -47,7 +47,8 @@ function ask() {
   if (!prompt.trim() || model === null) return;
   const alpha = panel.name === null ? 1 : byId("alpha").valueAsNumber;
   const alphas = alpha === 1 ? [1] : [1, alpha];
-  turn(alphas.map((value) => ({ title: `Alpha ${value.toFixed(1)}`, alpha: value })), async (signal) => {
+  const title = (value) => (alphas.length === 1 ? "Answer" : value === 1 ? "Alpha 1, unchanged" : `Alpha ${value.toFixed(1)}`);
+  turn(alphas.map((value) => ({ title: title(value), alpha: value })), async (signal) => {
     await Promise.all(columns.map((column, i) => column.follow(api.chat(body(prompt, alphas[i]), signal))));
     if (columns.length === 2 && columns.every(({ complete }) => complete)) columns[1].compare(columns[0]);
   });

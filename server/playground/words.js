@@ -27,21 +27,26 @@ export function whyNotScored(reason) {
   return REASONS[reason] ?? (reason ? reason.replaceAll("_", " ") : "the server gave no reason");
 }
 
+function sentence(words) {
+  const end = /[.!?]$/.test(words) ? "" : ".";
+  return words.charAt(0).toUpperCase() + words.slice(1) + end;
+}
+
 /** An error as one or two sentences: what happened, and what to do. */
 export function failure(error) {
   const wait = error.retryAfter === null || error.retryAfter === undefined ? "" : ` Try again in ${plural(Math.ceil(error.retryAfter), "second")}.`;
   switch (error.status) {
     case 400:
-      return `The server refused the request: ${error.message}`;
+      return `The server refused the request: ${sentence(error.message)}`;
     case 401:
       return "The server asks for an API key, or does not know this one.";
     case 413:
-      return `The text is too long: ${error.message}`;
+      return `The text is too long: ${sentence(error.message)}`;
     case 429:
       return `The server is busy.${wait || " Try again soon."}`;
     case 503:
       return `The server is not ready.${wait || " Try again soon."}`;
     default:
-      return error.message;
+      return sentence(error.message);
   }
 }

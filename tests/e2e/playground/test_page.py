@@ -52,7 +52,7 @@ def tokens(page: Page, column: int = 0) -> list[dict[str, Any]]:
 def served(address: str, prompt: str, *, alpha: float = 1) -> dict[str, Any]:
     """The same question asked without a browser: `choices[0]`."""
     body = {
-        "model": "demo",
+        "model": httpx.get(f"{address}v1/models").json()["data"][0]["id"],
         "messages": [{"role": "user", "content": prompt}],
         "temperature": 0,
         "max_tokens": 96,
@@ -271,7 +271,7 @@ def test_a_given_text_is_scored_without_generating(fake: str, visit: Open) -> No
     [
         (429, {"retry-after": "3"}, "The server is busy. Try again in 3 seconds."),
         (503, {"retry-after": "1"}, "The server is not ready. Try again in 1 second."),
-        (500, {}, "broken on purpose"),
+        (500, {}, "Broken on purpose."),
     ],
 )
 def test_a_refusal_is_shown_in_words(
