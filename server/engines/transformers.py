@@ -12,7 +12,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -93,7 +93,7 @@ class TransformersEngine:
     def probes(self) -> Sequence[Probe]:
         return self._probes
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Step]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Step, None]:
         """See `Engine.generate`. The request is queued when the first step is awaited."""
         total = len(request.prompt_token_ids) + request.max_tokens
         if not request.prompt_token_ids or request.max_tokens < 1:
