@@ -28,7 +28,7 @@ _MAX_TOKEN_ID = 2**31 - 1
 ShortText: TypeAlias = Annotated[str, StringConstraints(max_length=512)]
 StopString: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 TokenId: TypeAlias = Annotated[int, Field(ge=0, le=_MAX_TOKEN_ID)]
-TokenIdKey: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
+TokenIdKey: TypeAlias = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,8})$")]
 Bias: TypeAlias = Annotated[float, Field(ge=-100, le=100)]
 TokenIds: TypeAlias = Annotated[list[TokenId], Field(min_length=1)]
 
