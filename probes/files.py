@@ -35,11 +35,13 @@ def read_regular_file(path: Path) -> bytes:
     except OSError as exc:
         reason = "is a symbolic link" if exc.errno == errno.ELOOP else f"({exc.strerror})"
         raise ProbeFormatError(f"cannot read {path} {reason}") from exc
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ProbeFormatError(f"{path} is not a regular file")
-        content = file.read(MAX_BYTES + 1)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            content = file.read(MAX_BYTES + 1)
+    finally:
+        os.close(descriptor)
     if len(content) > MAX_BYTES:
         raise ProbeFormatError(f"{path} is larger than {MAX_BYTES} bytes: this is not a probe")
     refuse_executable(path, content)

@@ -26,6 +26,19 @@ WHOLE = 2**20
 BLOCKS = 64
 BLOCK = WHOLE // BLOCKS
 
+# Shapes and dtype come first: they explain a difference, a digest only states it.
+COMPARED = (
+    "num_layers",
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "dtype",
+    "config_digest",
+    "weights_fingerprint",
+    "tokenizer_sha256",
+    "chat_template_sha256",
+)
+
 # What changes a model's numbers without changing the shape of a weight, and the main sizes.
 # Named one by one: a library that adds a setting must not change the digest of an old model.
 _CONFIG_KEYS = (
@@ -154,21 +167,10 @@ def chat_template_sha256(tokenizer: object) -> str:
 def match(probe: Probe, found: ModelIdentity) -> None:
     """ProbeMismatchError naming the first field in which `found` differs from the probe's model.
 
-    Shapes and dtype come first: they explain a difference, a digest only states it. `model_id`
-    and `revision` are for people and are not compared.
+    `model_id` and `revision` are for people and are not compared.
     """
     expected = probe.card.model
-    for field in (
-        "num_layers",
-        "hidden_size",
-        "intermediate_size",
-        "vocab_size",
-        "dtype",
-        "config_digest",
-        "weights_fingerprint",
-        "tokenizer_sha256",
-        "chat_template_sha256",
-    ):
+    for field in COMPARED:
         wanted, here = getattr(expected, field), getattr(found, field)
         if wanted != here:
             raise ProbeMismatchError(probe.id, field, expected=wanted, found=here)

@@ -359,6 +359,8 @@ def _require_known_answers(probe: Probe) -> None:
 
 def _require_sound(probe: Probe) -> None:
     """ProbeFormatError with the first thing that is wrong with the numbers of `probe`."""
+    if probe.layer.dim() != 1:
+        raise ProbeFormatError(f"tensor layer is {list(probe.layer.shape)}, expected [neurons]")
     neurons, heads = len(probe.layer), len(probe.card.heads)
     shapes = dict.fromkeys(_TENSORS, (neurons,)) | {"weight": (neurons, heads), "bias": (heads,)}
     for name, dtype in _TENSORS.items():
