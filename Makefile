@@ -2,7 +2,6 @@ PYTHON ?= python3
 PORT   ?= 8000
 MODEL  ?= demo
 BIN    := .venv/bin
-PACKAGES := probes server offline
 
 .PHONY: help sync check fix test serve bench probe lock
 help:   ## show this list
@@ -17,6 +16,7 @@ fix: sync ## format and repair what ruff can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 test: sync ## every test; the playground's need Debian's chromium
+	$(BIN)/python -m server.demo_model
 	$(BIN)/pytest
 serve: sync ## serve $MODEL (the demo model) on 127.0.0.1:$PORT
 	$(BIN)/python -m server $(MODEL) --port $(PORT)
