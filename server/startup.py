@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 import probes
+from probes.errors import ModelError
 from probes.probe import Probe
 from server.auth import hash_keys, read_key_hashes
 from server.engines.base import Engine
@@ -87,21 +90,29 @@ def load_engine(settings: Settings, model: Model, probes: Sequence[Probe]) -> En
             max_waiting_requests=settings.max_waiting_requests,
             max_waiting_tokens=settings.max_waiting_tokens,
         )
+    from transformers.utils import logging as transformers_logging
+
     from server.engines.loader import load_transformers_engine
 
-    engine: Engine = load_transformers_engine(
-        model.source,
-        model_id=settings.model,
-        revision=settings.revision,
-        probes=probes,
-        dtype=None if settings.dtype == "auto" else settings.dtype,
-        device=None if settings.device == "auto" else settings.device,
-        max_model_len=settings.max_model_len,
-        max_num_seqs=settings.max_num_seqs,
-        max_waiting_requests=settings.max_waiting_requests,
-        max_waiting_tokens=settings.max_waiting_tokens,
-        suppression=settings.suppression,
-    )
+    transformers_logging.disable_progress_bar()  # stderr is for JSON lines and one last sentence
+    try:
+        engine: Engine = load_transformers_engine(
+            model.source,
+            model_id=settings.model,
+            revision=settings.revision,
+            probes=probes,
+            dtype=None if settings.dtype == "auto" else settings.dtype,
+            device=None if settings.device == "auto" else settings.device,
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            max_waiting_requests=settings.max_waiting_requests,
+            max_waiting_tokens=settings.max_waiting_tokens,
+            suppression=settings.suppression,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        # What libraries raise for a damaged checkpoint, an unknown device, too little memory.
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ModelError(f"cannot load {settings.model!r}: {reason}") from error
     return engine
 
 

@@ -111,10 +111,21 @@ def _start(
 ) -> Iterator[RunningServer]:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("HNEURONS_")}
     log = folder / f"server-{time.monotonic_ns()}.log"
-    command = [sys.executable, "-m", "server", "m", "--engine", "fake", "--port", "0", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "server",
+        "m",
+        "--engine",
+        "fake",
+        "--port",
+        "0",
+        "--drain-delay",
+        "0",
+    ]
     with log.open("w") as stderr:
         process = subprocess.Popen(
-            command,
+            [*command, *flags],
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,

@@ -184,7 +184,7 @@ def test_no_canary_comes_out(guarded: Any, answer: Callable[..., bytes]) -> None
         response = guarded.client.post("/v1/risk", content=broken, headers=headers)
         out.append(response.text)
     guarded.client.get(
-        f"/{PROMPT}?key={KEY}", headers={**bearer(KEY), "x-request-id": PROMPT + " "}
+        f"/{PROMPT}?key={KEY}", headers={**bearer(KEY), "x-request-id": PROMPT + "!"}
     )
     guarded.client.get(f"/v1/models/{PROMPT}", headers={"authorization": f"Basic {KEY}"})
     with guarded.raw(f"GET /{PROMPT} HTTP/9 {KEY}\r\n\r\n".encode()) as sock:
