@@ -94,7 +94,8 @@ def load_engine(settings: Settings, model: Model, probes: Sequence[Probe]) -> En
 
     from server.engines.loader import load_transformers_engine
 
-    transformers_logging.disable_progress_bar()  # stderr is for JSON lines and one last sentence
+    # stderr is for JSON lines and one last sentence.
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         engine: Engine = load_transformers_engine(
             model.source,
