@@ -68,7 +68,7 @@ def test_events_are_found_wherever_the_stream_is_cut(fake: str, visit: Open) -> 
     stream = (
         ": comment\r\n\r\n"
         'data: {"a": "🦊"}\n\n'
-        "data:no space\r\revent: other\rdata: two\ndata: lines\r\n\r\n"
+        "data:no space\r\revent: other\rdata: two\r\ndata: lines\r\n\r\n"
         ": keep-alive\n\nid: 7\nretry: 5\n\ndata\n\ndata: [DONE]\n\ndata: unfinished\n"
     )
     expected = ['{"a": "🦊"}', "no space", "two\nlines", "", "[DONE]"]
