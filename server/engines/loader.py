@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from probes.errors import ModelError, ProbeError
 from probes.fingerprint import chat_template_sha256, identity, match, tokenizer_sha256
@@ -61,7 +63,7 @@ def load_transformers_engine(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = _load_model(model_path, revision, dtype)
     model.to(place)  # type: ignore[arg-type]  # wrapped by a decorator that loses `self`
-    tokenizer = AutoTokenizer.from_pretrained(model_path, revision=revision or "main")
+    tokenizer = _load_tokenizer(model_path, revision)
     ffns = find_ffns(model)
     commit = getattr(model.config, "_commit_hash", None) or ""
     found = identity(
@@ -104,13 +106,16 @@ def load_transformers_engine(
 def _load_model(model_path: Path | str, revision: str | None, dtype: str | None) -> PreTrainedModel:
     if dtype is not None and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        model_path,
-        revision=revision or "main",
-        dtype=DTYPES[dtype] if dtype else "auto",
-        use_safetensors=True,
-        output_loading_info=True,
-    )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model_path,
+            revision=revision or "main",
+            dtype=DTYPES[dtype] if dtype else "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{model_path} cannot be loaded: {str(error).splitlines()[0]}") from error
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
     absent = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
@@ -124,6 +129,16 @@ def _load_model(model_path: Path | str, revision: str | None, dtype: str | None)
     use_grouped_attention(model)
     model.train(False)
     return model
+
+
+def _load_tokenizer(model_path: Path | str, revision: str | None) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            model_path, revision=revision or "main"
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{model_path} has no usable tokenizer: {error}") from error
+    return tokenizer
 
 
 def _refuse_code(model_path: Path | str, revision: str | None) -> None:
@@ -141,7 +156,7 @@ def _refuse_code(model_path: Path | str, revision: str | None) -> None:
         config, _ = PreTrainedConfig.get_config_dict(model_path, revision=revision or "main")
     except OSError as error:
         raise ModelError(f"no model at {model_path}: {str(error).splitlines()[0]}") from error
-    if "auto_map" in config:
+    if "auto_map" in config or "auto_map" in get_tokenizer_config(model_path, revision=revision):
         raise ModelError(
             f"{model_path} wants its own code to be run (auto_map), which is never done: use a "
             f"model that transformers knows by itself"

@@ -95,11 +95,9 @@ class TransformersEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Step, None]:
         """See `Engine.generate`. The request is queued when the first step is awaited."""
-        total = len(request.prompt_token_ids) + request.max_tokens
-        if not request.prompt_token_ids or request.max_tokens < 1:
-            raise ValueError("a request needs at least one prompt token and max_tokens >= 1")
-        if total > self._card.max_model_len:
-            raise ValueError(f"{total} tokens do not fit into {self._card.max_model_len}")
+        if request.max_tokens < 1:
+            raise ValueError(f"max_tokens must be 1 or more, not {request.max_tokens}")
+        self._check(request.prompt_token_ids, more=request.max_tokens)
         stream = self._submit(Row(request, self._tap(request.probe, request.alpha)))
         try:
             while True:
@@ -115,10 +113,7 @@ class TransformersEngine:
 
     async def score(self, request: ScoreRequest) -> tuple[Reading, ...]:
         """See `Engine.score`. Runs through the same queue and the same passes as prompts do."""
-        if not 0 < len(request.token_ids) <= self._card.max_model_len:
-            raise ValueError(
-                f"{len(request.token_ids)} tokens do not fit into 1..{self._card.max_model_len}"
-            )
+        self._check(request.token_ids, more=0)
         stream = self._submit(Row(request, self._tap(request.probe, request.alpha)))
         try:
             item = await stream.queue.get()
@@ -154,6 +149,14 @@ class TransformersEngine:
         if self._meter is not None:
             self._meter.close()
             self._meter = None
+
+    def _check(self, token_ids: Sequence[int], *, more: int) -> None:
+        """Bounds that are checked above as well; here a violation would end every request."""
+        total = len(token_ids) + more
+        if not token_ids or total > self._card.max_model_len:
+            raise ValueError(f"{total} tokens do not fit into 1..{self._card.max_model_len}")
+        if min(token_ids) < 0 or max(token_ids) >= self._card.identity.vocab_size:
+            raise ValueError(f"token ids are outside the vocabulary of {self._card.vocab_size}")
 
     def _tap(self, probe: str | None, alpha: float) -> Tap:
         if not math.isfinite(alpha) or alpha < 0:
