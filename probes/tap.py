@@ -21,6 +21,11 @@ from probes.neurons import FFN
 from probes.probe import Probe
 from probes.suppression import scales, suppress
 
+# Up to this many elements of z are kept as they are and gathered for all layers at once: one
+# operation instead of one per layer while decoding. Of a longer pass (a prompt) only the columns
+# that are read are kept, or every z of a prompt would stay in memory.
+KEPT_WHOLE = 2**18
+
 
 class Recorder:
     """CETT of every neuron of every layer in the last forward pass.
@@ -93,8 +98,11 @@ class Meter:
     def __init__(self, ffns: Sequence[FFN], probes: Sequence[Probe], *, suppression: bool) -> None:
         if not probes:
             raise ValueError("a meter needs at least one probe")
-        self.seconds_total = 0.0  # wall time spent in the meter; 0 inside compiled graphs
+        # Wall time spent in the meter, 0 inside compiled graphs. A sample: in each pass one layer
+        # is timed and counts for all, since two clocks in every layer cost as much as the reading.
+        self.seconds_total = 0.0
         self._suppression = suppression
+        self._passes = 0
         self._batch: int | None = None
         self._cett: Tensor | None = None
         self._lay_out(ffns, probes)
@@ -131,6 +139,8 @@ class Meter:
         ]
         home = self._taps[-1].columns.device  # logits are made where the last layer lives
         self._layer_index = torch.searchsorted(used, self._layer).to(home)
+        width = ffns[0].intermediate_size
+        self._flat = self._layer_index * width + self._neuron.to(home)  # among whole z end to end
         self._column_norm = torch.cat([probe.column_norm for probe in probes])[order].to(home)
         self._weight = weight[order].to(home)
         self._bias = torch.cat([probe.bias for probe in probes]).to(home)
@@ -178,6 +188,8 @@ class Meter:
         values = [alpha for _, alpha in active]
         for tap in self._taps:
             tap.reset(scales(values, tap.masks[rows]) if active else None)
+        self._passes += 1
+        self._taps[self._passes % len(self._taps)].stands_for = len(self._taps)
         self.seconds_total += time.perf_counter() - started
 
     def logits(self, rows: Tensor | None = None) -> Tensor:
@@ -194,6 +206,8 @@ class Meter:
             )
         home = self._weight.device
         z = torch.cat([tap.z.to(home) for tap in self._taps if tap.z is not None], dim=-1)
+        if self._taps[0].whole:
+            z = z.index_select(-1, self._flat)
         norm = torch.stack([tap.norm.to(home) for tap in self._taps if tap.norm is not None], -1)
         if z.dim() == 2:
             if self._batch is None:
@@ -231,7 +245,7 @@ class _Tap:
     It takes the place of the projection's `forward` and calls it: one frame instead of two hooks
     (half the cost per layer), and torch.compile traces it as it traces the layer.
 
-    z     `[..., picked]` the model's dtype, before suppression
+    z     `[..., columns]` or whole `[..., neurons]`, the model's dtype, before suppression
     norm  `[...]` float32, of the output, after suppression
     scale `[rows, suppressed]` float32 while some row has an alpha other than 1
     """
@@ -248,6 +262,8 @@ class _Tap:
         self.z: Tensor | None = None
         self.norm: Tensor | None = None
         self.scale: Tensor | None = None
+        self.whole = False  # z is all of the layer's z, not only the columns
+        self.stands_for = 0  # how many layers the time spent in this one is counted for
         self._meter = meter
         self._module = ffn.module
         self._inner: Callable[[Tensor], Tensor] = ffn.module.forward
@@ -273,25 +289,25 @@ class _Tap:
         """Forget the last pass; the next one is suppressed by `scale`."""
         self.z = self.norm = None
         self.scale = scale if len(self.suppressed) else None
+        self.stands_for = 0
 
     def forward(self, z: Tensor, /) -> Tensor:
         """The projection's own forward, read on both sides."""
-        entered = _clock()
-        self.z = z.index_select(-1, self.columns)
+        # A clock cannot be traced, and `stands_for` must not become a guard: hence the order.
+        timed = not torch.compiler.is_compiling() and self.stands_for > 0
+        entered = time.perf_counter() if timed else 0.0
+        self.whole = z.numel() <= KEPT_WHOLE
+        self.z = z if self.whole else z.index_select(-1, self.columns)
         if self.scale is not None:
             z = suppress(z, self.suppressed, self.scale)
-        passed = _clock()
+        passed = time.perf_counter() if timed else 0.0
         h = self._inner(z)
-        returned = _clock()
+        returned = time.perf_counter() if timed else 0.0
         self.norm = h_norm(h)
-        if not torch.compiler.is_compiling():
-            self._meter.seconds_total += _clock() - returned + passed - entered
+        if timed:
+            here = passed - entered + time.perf_counter() - returned
+            self._meter.seconds_total += here * self.stands_for
         return h
-
-
-def _clock() -> float:
-    """Seconds; a clock cannot be traced, so 0 inside a compiled graph."""
-    return 0.0 if torch.compiler.is_compiling() else time.perf_counter()
 
 
 def _refuse_other_shape(probe: Probe, by_layer: dict[int, FFN]) -> None:

@@ -8,10 +8,19 @@ import msgspec
 import pytest
 import torch
 import transformers as hf
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from probes import fingerprint
 from probes.errors import ModelError, ProbeMismatchError
-from probes.fingerprint import config_digest, identity, match, weights_fingerprint
+from probes.fingerprint import (
+    chat_template_sha256,
+    config_digest,
+    identity,
+    match,
+    tokenizer_sha256,
+    weights_fingerprint,
+)
 from probes.neurons import find_ffns
 from probes.probe import Probe
 
@@ -176,3 +185,34 @@ def test_fingerprint_does_not_depend_on_order_or_layout():
     assert not strided.is_contiguous()
     assert weights_fingerprint([b, strided]) == weights_fingerprint([a, b])
     assert weights_fingerprint([a.reshape(6, 4), b]) != weights_fingerprint([a, b])
+
+
+def _tokenizer(*, merges=(), template=None):
+    vocab = {"a": 0, "b": 1, "ab": 2}
+    backend = Tokenizer(BPE(vocab, list(merges)))
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_tokenizer_digest_sees_merges_but_not_padding():
+    """Other merges give other ids for the same text; padding is set by whoever used it last."""
+    plain = tokenizer_sha256(_tokenizer())
+    assert tokenizer_sha256(_tokenizer(merges=[("a", "b")])) != plain
+    padded = _tokenizer()
+    padded.backend_tokenizer.enable_padding(length=8)
+    padded.backend_tokenizer.enable_truncation(4)
+    assert tokenizer_sha256(padded) == plain
+
+
+def test_chat_template_digest_sees_every_character():
+    digests = {
+        chat_template_sha256(_tokenizer(template=template))
+        for template in (None, "{{ messages }}", "{{ messages }} ", {"default": "x"})
+    }
+    assert len(digests) == 4
+
+
+def test_slow_tokenizers_are_refused():
+    with pytest.raises(ModelError, match="not a fast tokenizer"):
+        tokenizer_sha256(object())

@@ -21,7 +21,7 @@ import probes.probe
 from probes.calibration import Platt
 from probes.errors import ProbeError, ProbeFormatError
 from probes.files import MAX_BYTES
-from probes.probe import Probe, ProbeCard, fold_scaler
+from probes.probe import KnownAnswer, Probe, ProbeCard, fold_scaler
 
 NAMES = ("layer", "neuron", "weight", "column_norm", "suppress", "bias")
 
@@ -359,6 +359,26 @@ def test_truncating_the_file_of_a_loaded_probe_changes_nothing(saved):
     before = probe.weight.clone()
     os.truncate(saved / "probe.safetensors", 10)
     assert torch.equal(probe.weight, before)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\xff" * 64, b"\0" * 64])
+def test_tensors_that_are_no_safetensors_are_refused_although_the_digest_fits(
+    content, make_probe, tmp_path
+):
+    _write(tmp_path, make_probe())
+    card = msgspec.to_builtins(make_probe().card)
+    card["tensors_sha256"] = hashlib.sha256(content).hexdigest()
+    (tmp_path / "p" / "probe.safetensors").write_bytes(content)
+    _seal(tmp_path / "p", json.dumps(card))
+    with pytest.raises(ProbeFormatError, match="not a safetensors file"):
+        Probe.load(tmp_path / "p")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_known_answers_are_finite(value):
+    """JSON cannot hold NaN; a card that is made in memory could."""
+    with pytest.raises(ValueError, match="must be finite"):
+        KnownAnswer(token_ids=(1,), logits=((value,),))
 
 
 # --- not files of ours -----------------------------------------------------------------------

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from probes import tap
 from probes.errors import ModelError, ProbeMismatchError
 from probes.neurons import find_ffns
 from probes.tap import Meter, Recorder
@@ -17,9 +18,13 @@ FAMILIES = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("kept_whole", [tap.KEPT_WHOLE, 0], ids=["decoding", "prompt"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_meter_equals_recorder_equals_formula(family, make_model, make_probe, plain_cett, tokens):
+def test_meter_equals_recorder_equals_formula(
+    family, kept_whole, make_model, make_probe, plain_cett, tokens, monkeypatch
+):
     """The train/serve skew: two implementations of one formula drift apart unseen."""
+    monkeypatch.setattr(tap, "KEPT_WHOLE", kept_whole)
     model = make_model(family)
     ffns = find_ffns(model)
     probes = [make_probe(ffns, seed=1), make_probe(ffns, seed=2, count=5)]
