@@ -62,7 +62,7 @@ class Metrics:
             "aborted_requests", "Generations ended because nobody waits for them.", ["reason"]
         )
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens.", [])
-        self._generation_tokens = self._counter("generation_tokens", "Written tokens.", [])
+        self._written = self._counter("generation_tokens", "Written tokens.", []).labels(model_name)
         self._scored = self._counter("scored_tokens", "Tokens with a risk.", ["probe"])
         self._unscored = self._counter(
             "unscored_tokens", "Tokens with text whose risk is null.", ["probe", "reason"]
@@ -93,18 +93,19 @@ class Metrics:
             ["probe", "suppressed"],
             _RISK,
         )
+        # Used for every token: the label is bound once.
         self._first_token = self._histogram(
             "time_to_first_token_seconds",
             "From the request to its first written token.",
             [],
             _FIRST_TOKEN_SECONDS,
-        )
+        ).labels(model_name)
         self._inter_token = self._histogram(
             "inter_token_latency_seconds",
             "Between two written tokens of a choice.",
             [],
             _INTER_TOKEN_SECONDS,
-        )
+        ).labels(model_name)
         self._request_seconds = self._histogram(
             "request_duration_seconds",
             "From the request to the end of its answer.",
@@ -141,14 +142,14 @@ class Metrics:
         self._request_seconds.labels(self._model_name, endpoint).observe(seconds)
 
     def first_token(self, seconds: float) -> None:
-        self._first_token.labels(self._model_name).observe(seconds)
+        self._first_token.observe(seconds)
 
     def inter_token(self, seconds: float) -> None:
-        self._inter_token.labels(self._model_name).observe(seconds)
+        self._inter_token.observe(seconds)
 
     def token_written(self) -> None:
         """By the engine, for whatever answer: also those thrown away or abandoned."""
-        self._generation_tokens.labels(self._model_name).inc()
+        self._written.inc()
 
     def choice_finished(self, finished_reason: str) -> None:
         self._choices.labels(self._model_name, finished_reason).inc()
