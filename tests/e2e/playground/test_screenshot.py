@@ -20,7 +20,7 @@ MAX_SCREENSHOT_BYTES = 300_000
 ANSWER_MS = 240_000  # two answers of some 50 tokens, on a machine that does other things too
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def demo(demo_model_path: Path, serve: Callable[..., str]) -> str:
     """Address of `make serve`: the demo model with the shipped probe."""
     return serve("demo", OMP_NUM_THREADS="1")  # does not collapse when other tests run beside it
