@@ -17,7 +17,10 @@ class RiskAnswer extends HTMLElement {
 
   connectedCallback() {
     this.setAttribute("role", "group");
-    this.setAttribute("aria-label", "Answer, token by token. Left and right arrows move, up and down find flagged tokens.");
+    this.setAttribute(
+      "aria-label",
+      "Answer, token by token. Left and right arrows move, up and down find flagged tokens.",
+    );
     this.append(this.#tail);
     this.addEventListener("keydown", (event) => this.#move(event));
     this.addEventListener("focusin", (event) => this.#enter(event.target));
@@ -34,7 +37,7 @@ class RiskAnswer extends HTMLElement {
 
   /** Text as it streams, and the entries that ride with it. */
   push(text, entries) {
-    this.#points.push(...text);
+    for (const point of text) this.#points.push(point);
     this.#waiting.push(...entries);
     this.tokens.push(...entries);
     while (this.#waiting.length && this.#waiting[0].end <= this.#points.length) {
@@ -47,7 +50,8 @@ class RiskAnswer extends HTMLElement {
   close(reason) {
     const start = this.#shown;
     const end = this.#points.length;
-    if (start < end) this.#place({ token: this.#slice(start, end), start, end, risk: null, reason });
+    if (start < end)
+      this.#place({ token: this.#slice(start, end), start, end, risk: null, reason });
     this.#tail.data = "";
   }
 
@@ -59,10 +63,21 @@ class RiskAnswer extends HTMLElement {
   #place(entry) {
     const start = Math.max(entry.start, this.#shown); // bytes of one character may span tokens
     if (entry.end <= start) return; // no text of its own: the end token, part of a character
-    if (start > this.#shown) this.#place({ token: this.#slice(this.#shown, start), start: this.#shown, end: start, risk: null, reason: "missing" });
+    if (start > this.#shown)
+      this.#place({
+        token: this.#slice(this.#shown, start),
+        start: this.#shown,
+        end: start,
+        risk: null,
+        reason: "missing",
+      });
     // A leading space stays outside the tint: at a line's end it would hang there as a stub.
     const [, space, ink] = this.#slice(start, entry.end).match(/^(\s*)(.*)$/s);
-    const span = el("span", { class: "token", tabindex: this.#spans.length ? "-1" : "0" }, ink || space);
+    const span = el(
+      "span",
+      { class: "token", tabindex: this.#spans.length ? "-1" : "0" },
+      ink || space,
+    );
     span.entry = entry;
     this.#shown = entry.end;
     this.#spans.push(span);

@@ -1,7 +1,8 @@
-// One answer with everything known about it: response risk, sparkline, tokens, flagged spans, table.
+// One answer with everything known about it: response risk, sparkline, tokens, spans, table.
 
 import "./answer.js";
 import "./sparkline.js";
+import { ApiError } from "./api.js";
 import { el } from "./dom.js";
 import { flaggedRuns, level } from "./spans.js";
 import { brief, exact, failure, percent, plural, visible, whyNotScored } from "./words.js";
@@ -24,6 +25,7 @@ export class Column {
   #summary = null; // the risk object of the last chunk
   #unscored = null; // why tokens without a number have none
   #frame = 0;
+  #closed = false; // nothing more will come
 
   #answer = el("risk-answer", { class: "text" });
   #sparkline = el("risk-sparkline");
@@ -39,7 +41,16 @@ export class Column {
   constructor({ title, alpha, rule, card }) {
     this.#rule = rule;
     this.#calibrated = alpha === 1;
-    this.element = el("article", { class: "column", "aria-label": title, "data-probe": rule ? "yes" : "no", "data-calibrated": this.#calibrated ? "yes" : "no" }, ...this.#parts(title));
+    this.element = el(
+      "article",
+      {
+        class: "column",
+        "aria-label": title,
+        "data-probe": rule ? "yes" : "no",
+        "data-calibrated": this.#calibrated ? "yes" : "no",
+      },
+      ...this.#parts(title),
+    );
     this.#note.textContent = rule ? (this.#calibrated ? "" : NOT_CALIBRATED) : NO_PROBE;
     if (rule) {
       this.#answer.threshold = rule.token.threshold;
@@ -48,7 +59,11 @@ export class Column {
     this.#table.addEventListener("toggle", () => this.#fillTable());
     card.watch(
       this.#answer,
-      () => ({ threshold: this.#rule?.token.threshold, calibrated: this.#calibrated, unscored: this.#unscored }),
+      () => ({
+        threshold: this.#rule?.token.threshold,
+        calibrated: this.#calibrated,
+        unscored: this.#unscored,
+      }),
       (token) => this.#sparkline.point(token),
     );
   }
@@ -60,7 +75,12 @@ export class Column {
   /** What a screen reader says once, at the end. */
   get spoken() {
     const parts = [this.element.ariaLabel, this.#state.textContent];
-    if (this.#rule) parts.push(this.#verdict.textContent, `risk ${this.#score.textContent}`, this.#measure.textContent);
+    if (this.#rule)
+      parts.push(
+        this.#verdict.textContent,
+        `risk ${this.#score.textContent}`,
+        this.#measure.textContent,
+      );
     return `${parts.filter(Boolean).join(", ")}.`;
   }
 
@@ -98,9 +118,12 @@ export class Column {
       this.#close("stopped by you", "stopped");
       return;
     }
+    if (!(error instanceof ApiError)) reportError(error); // a bug of the page, shown as one too
     this.error = error;
     this.#close("failed", "failed");
-    this.element.querySelector("header").append(el("p", { class: "error", role: "alert" }, failure(error)));
+    this.element
+      .querySelector("header")
+      .append(el("p", { class: "error", role: "alert" }, failure(error)));
   }
 
   /** Another operating point of the same probe: flags change, risks do not. */
@@ -108,7 +131,7 @@ export class Column {
     if (!this.#rule || rule?.probe !== this.#rule.probe) return;
     this.#rule = rule;
     this.#answer.threshold = rule.token.threshold;
-    this.#conclude();
+    if (this.#closed) this.#conclude();
   }
 
   /** How far this answer is the other's. */
@@ -117,14 +140,27 @@ export class Column {
     const differs = mine.findIndex((point, i) => point !== theirs[i]);
     const shared = differs < 0 ? mine.length : differs;
     const same = this.text === other.text;
-    const sentence = same ? "The same text as at alpha 1." : `The same as at alpha 1 for ${plural(shared, "character")}, then another text.`;
+    const sentence = same
+      ? "The same text as at alpha 1."
+      : `The same as at alpha 1 for ${plural(shared, "character")}, then another text.`;
     this.#note.textContent = `${sentence} ${NOT_CALIBRATED}`;
   }
 
   #parts(title) {
-    const header = el("header", {}, el("h2", {}, title), this.#calibrated ? "" : el("span", { class: "badge" }, "risk not calibrated"), this.#state);
+    const header = el(
+      "header",
+      {},
+      el("h2", {}, title),
+      this.#calibrated ? "" : el("span", { class: "badge" }, "risk not calibrated"),
+      this.#state,
+    );
     if (!this.#rule) return [header, this.#answer, this.#note];
-    const axis = el("p", { class: "axis" }, el("span", {}, "risk per token, higher is worse"), el("span", { class: "key" }, "threshold"));
+    const axis = el(
+      "p",
+      { class: "axis" },
+      el("span", {}, "risk per token, higher is worse"),
+      el("span", { class: "key" }, "threshold"),
+    );
     return [
       header,
       el("div", { class: "response" }, this.#score, el("div", {}, this.#verdict, this.#measure)),
@@ -137,6 +173,7 @@ export class Column {
   }
 
   #close(how, reason) {
+    this.#closed = true;
     if (this.#summary) this.#calibrated = this.#summary.calibrated;
     this.#unscored = this.#rule ? (this.#summary?.reason ?? reason) : "no_probe";
     this.#answer.close(this.#unscored);
@@ -157,11 +194,19 @@ export class Column {
     const { threshold, false_positive_rate: rate } = this.#rule.response;
     const place = level(score, threshold);
     const count = this.#answer.visible.filter(({ risk }) => risk === null).length;
-    const missing = status === "partial" ? `. Not scored: ${plural(count, "token")}, because ${whyNotScored(this.#unscored)}` : "";
+    const missing =
+      status === "partial"
+        ? `. Not scored: ${plural(count, "token")}, because ${whyNotScored(this.#unscored)}`
+        : "";
     this.#score.textContent = score === null ? "–" : brief(score);
     this.#score.dataset.level = place;
-    if (place === "unscored") this.#describe("Not scored", `${whyNotScored(this.#unscored)}, which is not a low risk`);
-    else this.#describe(place === "flagged" ? "Flagged" : "Not flagged", `threshold ${brief(threshold)} at ${percent(rate)} false positives${missing}`);
+    if (place === "unscored")
+      this.#describe("Not scored", `${whyNotScored(this.#unscored)}, which is not a low risk`);
+    else
+      this.#describe(
+        place === "flagged" ? "Flagged" : "Not flagged",
+        `threshold ${brief(threshold)} at ${percent(rate)} false positives${missing}`,
+      );
   }
 
   #describe(verdict, measure) {
@@ -185,21 +230,44 @@ export class Column {
       const served = this.#summary?.spans.find((span) => span.start === start && span.end === end);
       const worst = Math.max(...tokens.slice(first, stop).map(({ risk }) => risk));
       const figure = served ? brief(served.risk) : `up to ${brief(worst)}`;
-      return el("li", {}, el("q", {}, points.slice(start, end).join("").trim()), el("span", { class: "figure" }, figure));
+      return el(
+        "li",
+        {},
+        el("q", {}, points.slice(start, end).join("").trim()),
+        el("span", { class: "figure" }, figure),
+      );
     });
-    this.#spans.replaceChildren(...(items.length ? items : [el("li", { class: "none" }, "None at this operating point")]));
+    this.#spans.replaceChildren(
+      ...(items.length ? items : [el("li", { class: "none" }, "None at this operating point")]),
+    );
   }
 
   #fillTable() {
     if (!this.#table.open) return; // hundreds of rows, made only for those who look
     const { threshold } = this.#rule.token;
     const flagged = ({ risk, start, end }) => end > start && level(risk, threshold) === "flagged";
-    const row = (token, i) => [String(i + 1), visible(token.token), token.risk === null ? "not scored" : exact(token.risk), flagged(token) ? "yes" : ""];
-    this.#rows.replaceChildren(...this.#answer.tokens.map((token, i) => el("tr", {}, ...row(token, i).map((text) => el("td", {}, text)))));
+    const row = (token, i) => [
+      String(i + 1),
+      visible(token.token),
+      token.risk === null ? "not scored" : exact(token.risk),
+      flagged(token) ? "yes" : "",
+    ];
+    this.#rows.replaceChildren(
+      ...this.#answer.tokens.map((token, i) =>
+        el("tr", {}, ...row(token, i).map((text) => el("td", {}, text))),
+      ),
+    );
   }
 }
 
 function tokenTable(rows) {
-  const heads = ["Token", "Text", "Risk (higher is worse)", "Flagged"].map((word) => el("th", { scope: "col" }, word));
-  return el("details", {}, el("summary", {}, "All tokens as a table"), el("table", {}, el("thead", {}, el("tr", {}, ...heads)), rows));
+  const heads = ["Token", "Text", "Risk (higher is worse)", "Flagged"].map((word) =>
+    el("th", { scope: "col" }, word),
+  );
+  return el(
+    "details",
+    {},
+    el("summary", {}, "All tokens as a table"),
+    el("table", {}, el("thead", {}, el("tr", {}, ...heads)), rows),
+  );
 }

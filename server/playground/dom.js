@@ -1,6 +1,6 @@
 // Makes elements. Text only ever becomes a text node: nothing here can parse HTML.
 
-/** @param {string} tag @param {Record<string, string|boolean>} [attributes] true sets an empty attribute, false leaves it out */
+/** An attribute that is true is set empty, one that is false is left out. */
 export function el(tag, attributes = {}, ...children) {
   return fill(document.createElement(tag), attributes, children);
 }

@@ -10,7 +10,10 @@ export const EXAMPLES = [
       ["Capital of France", `What is the capital of France? ${SHORT}`],
       ["Symbol for gold", `What is the chemical symbol for gold? ${SHORT}`],
       ["Penicillin", `Who discovered penicillin? ${SHORT}`],
-      ["Capital of Italy", "Complete the sentence: The capital of Italy is ... Respond with the missing words only."],
+      [
+        "Capital of Italy",
+        "Complete the sentence: The capital of Italy is ... Respond with the missing words only.",
+      ],
     ],
   },
   {

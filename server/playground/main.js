@@ -12,7 +12,9 @@ const CONTRIBUTORS = 5; // per token; the wire allows 10
 
 const api = new Api();
 const card = new TokenCard();
-const panel = new ProbePanel(byId("probe-body"), (rule) => columns.forEach((column) => column.apply(rule)));
+const panel = new ProbePanel(byId("probe-body"), (rule) =>
+  columns.forEach((column) => column.apply(rule)),
+);
 let columns = [];
 let model = null;
 let running = null; // AbortController of the turn that is being answered
@@ -26,12 +28,14 @@ async function connect() {
     panel.probes = probes;
     byId("alpha").disabled = panel.name === null;
     byId("score-send").disabled = panel.name === null;
+    byId("send").disabled = false;
     byId("key").hidden = true;
     say(panel.name === null ? `${model}, no probe` : model, "ready");
   } catch (error) {
     say(failure(error), "down");
     byId("key").hidden = error.status !== 401;
-    if (error.status === 503 || error.status === 0) setTimeout(connect, (error.retryAfter ?? 2) * 1000);
+    if (error.status === 503 || error.status === 0)
+      setTimeout(connect, (error.retryAfter ?? 2) * 1000);
   }
 }
 
@@ -47,11 +51,25 @@ function ask() {
   if (!prompt.trim() || model === null) return;
   const alpha = panel.name === null ? 1 : byId("alpha").valueAsNumber;
   const alphas = alpha === 1 ? [1] : [1, alpha];
-  const title = (value) => (alphas.length === 1 ? "Answer" : value === 1 ? "Alpha 1, unchanged" : `Alpha ${value.toFixed(1)}`);
-  turn(alphas.map((value) => ({ title: title(value), alpha: value })), async (signal) => {
-    await Promise.all(columns.map((column, i) => column.follow(api.chat(body(prompt, alphas[i]), signal))));
-    if (columns.length === 2 && columns.every(({ complete }) => complete)) columns[1].compare(columns[0]);
-  });
+  const title = (value) =>
+    alphas.length === 1
+      ? "Answer"
+      : value === 1
+        ? "Alpha 1, unchanged"
+        : `Alpha ${value.toFixed(1)}`;
+  const request = body(prompt); // one for all: the same seed, so that only alpha differs
+  turn(
+    alphas.map((value) => ({ title: title(value), alpha: value })),
+    async (signal) => {
+      const follow = (column, i) => {
+        const risk = panel.name === null ? {} : { risk: riskOptions(alphas[i]) };
+        return column.follow(api.chat({ ...request, ...risk }, signal));
+      };
+      await Promise.all(columns.map(follow));
+      if (columns.length === 2 && columns.every(({ complete }) => complete))
+        columns[1].compare(columns[0]);
+    },
+  );
 }
 
 function score() {
@@ -75,7 +93,9 @@ async function turn(specifications, work) {
   const mine = new AbortController();
   running = mine;
   card.hide();
-  columns = specifications.map((specification) => new Column({ ...specification, rule: panel.rule, card }));
+  columns = specifications.map(
+    (specification) => new Column({ ...specification, rule: panel.rule, card }),
+  );
   byId("columns").replaceChildren(...columns.map((column) => column.element));
   byId("columns").scrollIntoView({ block: "nearest" }); // on a phone the answers lie below the form
   setBusy(true);
@@ -88,17 +108,16 @@ async function turn(specifications, work) {
   byId("announcer").textContent = columns.map((column) => column.spoken).join(" ");
 }
 
-function body(prompt, alpha) {
+function body(prompt) {
   const system = byId("system").value;
   const messages = [{ role: "user", content: prompt }];
   if (system) messages.unshift({ role: "system", content: system });
-  const request = { model, messages };
+  const request = { model, messages, seed: Math.floor(Math.random() * 2 ** 31) };
   const numbers = { temperature: "temperature", "max-tokens": "max_tokens", seed: "seed" };
   for (const [id, name] of Object.entries(numbers)) {
     const value = byId(id).valueAsNumber;
     if (!Number.isNaN(value)) request[name] = value; // empty: the server's default
   }
-  if (panel.name !== null) request.risk = riskOptions(alpha);
   return request;
 }
 
@@ -133,7 +152,10 @@ function showExamples() {
       });
       return button;
     });
-    byId("examples").append(el("p", { class: "hint" }, title), el("div", { class: "chips" }, ...buttons));
+    byId("examples").append(
+      el("p", { class: "hint" }, title),
+      el("div", { class: "chips" }, ...buttons),
+    );
   }
 }
 
@@ -143,7 +165,11 @@ function submitOnEnter(event) {
   event.target.form.requestSubmit();
 }
 
-for (const [id, action] of [["ask", ask], ["score", score], ["key", useKey]]) {
+for (const [id, action] of [
+  ["ask", ask],
+  ["score", score],
+  ["key", useKey],
+]) {
   byId(id).addEventListener("submit", (event) => {
     event.preventDefault();
     action();

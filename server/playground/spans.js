@@ -7,7 +7,7 @@ export function level(risk, threshold) {
   return risk >= threshold / 2 ? "near" : "low";
 }
 
-/** Half-open runs `[start, stop)` of neighbouring tokens (that show text) at or over the threshold. */
+/** Half-open runs `[start, stop)` of neighbouring tokens at or over the threshold. */
 export function flaggedRuns(tokens, threshold) {
   const runs = [];
   let start = -1;

@@ -17,8 +17,18 @@ class RiskSparkline extends HTMLElement {
   #cursor = svg("path", { class: "cursor" });
   #drawing = svg(
     "svg",
-    { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img", "aria-label": "No risk yet" },
-    this.#area, this.#unscored, this.#threshold, this.#line, this.#flagged, this.#cursor,
+    {
+      viewBox: `0 0 ${WIDTH} ${HEIGHT}`,
+      preserveAspectRatio: "none",
+      role: "img",
+      "aria-label": "No risk yet",
+    },
+    this.#area,
+    this.#unscored,
+    this.#threshold,
+    this.#line,
+    this.#flagged,
+    this.#cursor,
   );
   #tokens = [];
 

@@ -13,7 +13,7 @@ export class TokenCard {
   #timer = 0;
 
   constructor() {
-    document.querySelector("main").append(this.#card); // inside a landmark; placed by page coordinates
+    document.querySelector("main").append(this.#card); // in a landmark, placed in page coordinates
     this.#card.addEventListener("pointerenter", () => clearTimeout(this.#timer));
     this.#card.addEventListener("pointerleave", () => this.#hideSoon());
     document.addEventListener("keydown", (event) => event.key === "Escape" && this.hide());
@@ -63,7 +63,10 @@ export class TokenCard {
     const line = [...token.getClientRects()].at(-1);
     const margin = 8;
     const { width, height } = this.#card.getBoundingClientRect();
-    const left = Math.max(margin, Math.min(line.left, document.documentElement.clientWidth - width - margin));
+    const left = Math.max(
+      margin,
+      Math.min(line.left, document.documentElement.clientWidth - width - margin),
+    );
     const below = line.bottom + margin;
     const above = line.top - margin - height;
     const top = below + height > window.innerHeight && above > 0 ? above : below;
@@ -75,13 +78,23 @@ export class TokenCard {
 function content(entry, { threshold, calibrated, unscored }) {
   const name = el("p", { class: "name" }, visible(entry.token));
   if (entry.risk === null) {
-    return [name, el("p", { class: "number" }, "Not scored"), el("p", {}, `Because ${whyNotScored(entry.reason ?? unscored)}. This is not a low risk.`)];
+    return [
+      name,
+      el("p", { class: "number" }, "Not scored"),
+      el("p", {}, `Because ${whyNotScored(entry.reason ?? unscored)}. This is not a low risk.`),
+    ];
   }
-  const verdict = { flagged: "at or over", near: "under", low: "under" }[level(entry.risk, threshold)];
+  const verdict = { flagged: "at or over", near: "under", low: "under" }[
+    level(entry.risk, threshold)
+  ];
   return [
     name,
     el("p", { class: "number" }, exact(entry.risk)),
-    el("p", {}, `Risk, higher is worse; ${verdict} the threshold of ${brief(threshold)}.${calibrated ? "" : " Not calibrated at this alpha."}`),
+    el(
+      "p",
+      {},
+      `Risk, higher is worse; ${verdict} the threshold of ${brief(threshold)}.${calibrated ? "" : " Not calibrated at this alpha."}`,
+    ),
     ...contributors(entry.contributors ?? []),
   ];
 }
@@ -92,10 +105,26 @@ function contributors(list) {
   const rows = list.map(({ layer, neuron, value }) => {
     const bar = el("span", { class: value < 0 ? "bar minus" : "bar" });
     bar.style.setProperty("--length", Math.abs(value) / largest);
-    return el("tr", {}, el("td", {}, String(layer)), el("td", {}, String(neuron)), el("td", { class: "share" }, bar, signed(value)));
+    return el(
+      "tr",
+      {},
+      el("td", {}, String(layer)),
+      el("td", {}, String(neuron)),
+      el("td", { class: "share" }, bar, signed(value)),
+    );
   });
-  const head = el("tr", {}, ...["Layer", "Neuron", "Share of the logit"].map((word) => el("th", { scope: "col" }, word)));
+  const head = el(
+    "tr",
+    {},
+    ...["Layer", "Neuron", "Share of the logit"].map((word) => el("th", { scope: "col" }, word)),
+  );
   return [
-    el("table", {}, el("caption", {}, "Largest contributions to the logit, not causes"), el("thead", {}, head), el("tbody", {}, ...rows)),
+    el(
+      "table",
+      {},
+      el("caption", {}, "Largest contributions to the logit, not causes"),
+      el("thead", {}, head),
+      el("tbody", {}, ...rows),
+    ),
   ];
 }

@@ -9,7 +9,10 @@ export const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"
 /** A token as a person can see it: spaces and line ends have no shape of their own. */
 export function visible(text) {
   if (text === "") return "(no text)";
-  return text.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replace(/^ +| +$/g, (s) => "␣".repeat(s.length));
+  return text
+    .replaceAll("\n", "⏎")
+    .replaceAll("\t", "⇥")
+    .replace(/^ +| +$/g, (s) => "␣".repeat(s.length));
 }
 
 const REASONS = {
@@ -34,7 +37,10 @@ function sentence(words) {
 
 /** An error as one or two sentences: what happened, and what to do. */
 export function failure(error) {
-  const wait = error.retryAfter === null || error.retryAfter === undefined ? "" : ` Try again in ${plural(Math.ceil(error.retryAfter), "second")}.`;
+  const wait =
+    error.retryAfter === null || error.retryAfter === undefined
+      ? ""
+      : ` Try again in ${plural(Math.ceil(error.retryAfter), "second")}.`;
   switch (error.status) {
     case 400:
       return `The server refused the request: ${sentence(error.message)}`;

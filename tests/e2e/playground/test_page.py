@@ -174,8 +174,14 @@ def test_everything_can_be_done_from_the_keyboard(fake: str, visit: Open) -> Non
 def test_alpha_shows_both_answers_side_by_side(fake: str, visit: Open) -> None:
     """The number at another alpha must not look like a calibrated one."""
     page = visit(fake)
+    bodies: list[dict[str, Any]] = []
+    page.on("request", lambda request: bodies.append(json.loads(request.post_data or "{}")))
     ask(page, "In 1648", alpha=0.5)
     expect(page.locator(".column")).to_have_count(2)
+    first, second = (body for body in bodies if "messages" in body)
+    assert first.pop("risk")["alpha"] == 1
+    assert second.pop("risk")["alpha"] == 0.5
+    assert first == second, "something else than alpha differs, the seed perhaps"
     for column, alpha in enumerate((1, 0.5)):
         expected = served(fake, "In 1648", alpha=alpha)["risk"]["tokens"]
         assert [token["entry"] for token in tokens(page, column)] == [
@@ -247,6 +253,17 @@ def test_another_operating_point_changes_flags_and_not_numbers(fake: str, visit:
             assert (token["level"] == "flagged") == (token["entry"]["risk"] >= threshold)
     assert page.get_by_role("radio").count() == 3
     assert requests == []
+
+
+def test_an_operating_point_can_be_chosen_while_an_answer_streams(fake: str, visit: Open) -> None:
+    """The answer is not over because somebody looked at it differently."""
+    page = visit(fake)
+    send(page, "[slow:40]It was signed in 1648")
+    expect(page.locator(".token").nth(2)).to_be_visible()
+    page.get_by_role("radio", name="10 %").check(force=True)
+    expect(page.locator(".state")).to_have_text("writing")
+    expect(page.locator(".response")).to_contain_text("known when the answer is complete")
+    expect(page.locator("#announcer")).to_contain_text("threshold 0.30")
 
 
 def test_a_given_text_is_scored_without_generating(fake: str, visit: Open) -> None:
