@@ -59,7 +59,12 @@ def serve(settings: Settings, *, announce: Callable[[str], None]) -> int:
             log.warning("no API keys are set and the address is not loopback: anyone can connect")
         model = find_model(settings)
         engine = load_engine(settings, model, probes)
-        service = make_service(engine, model, risk_by_default=settings.risk_by_default)
+        service = make_service(
+            engine,
+            model,
+            suppression=settings.suppression,
+            risk_by_default=settings.risk_by_default,
+        )
         return asyncio.run(_run(settings, service, hashes, _Listening(main, metrics, announce)))
 
 

@@ -23,6 +23,7 @@ class Service:
     served_names: tuple[str, ...]  # the model's names on the wire; the first is echoed
     created: int  # Unix seconds, when the model was loaded
     default_probe: str | None  # name of the probe of `"risk": true`; None: the server has none
+    suppression: bool = True  # requests may set alpha
     risk_by_default: bool = False  # a request without `risk` gets it
     default_max_tokens: int = 1024  # when a request sets none; never more than the context holds
     max_total_tokens: int = 65_536  # n * max_tokens of one request

@@ -117,7 +117,9 @@ def load_engine(settings: Settings, model: Model, probes: Sequence[Probe]) -> En
     return engine
 
 
-def make_service(engine: Engine, model: Model, *, risk_by_default: bool) -> Service:
+def make_service(
+    engine: Engine, model: Model, *, suppression: bool, risk_by_default: bool
+) -> Service:
     """What the handlers get: plain values, no settings."""
     if risk_by_default and not engine.probes:
         raise BadSettingsError("risk_by_default: the server has no probe; add --probe")
@@ -130,6 +132,7 @@ def make_service(engine: Engine, model: Model, *, risk_by_default: bool) -> Serv
         served_names=model.names,
         created=int(time.time()),
         default_probe=engine.probes[0].card.name if engine.probes else None,
+        suppression=suppression,
         risk_by_default=risk_by_default,
     )
 

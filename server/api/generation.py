@@ -31,6 +31,12 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
 
 
+def record_of(request: Request) -> dict[str, object]:
+    """What the request's log line shall say; see `server/edge.py`."""
+    record: dict[str, object] = request.scope.get("state", {}).get("record", {})
+    return record
+
+
 async def respond(
     request: Request,
     service: Service,
@@ -57,7 +63,7 @@ async def respond(
             orders=orders,
         ),
     )
-    record = request.scope.get("state", {}).get("record", {})
+    record = record_of(request)
     try:
         if not body.stream:
             document = await unless_gone(request.receive, run.whole())
@@ -70,7 +76,7 @@ async def respond(
     except ClientGoneError as error:
         service.metrics.request_aborted("disconnect")
         raise APIError(499, "the client closed the connection", code="client_gone") from error
-    return EventStream(_then(first, lines), on_abort=service.metrics.request_aborted)
+    return EventStream(first, lines, on_abort=service.metrics.request_aborted)
 
 
 class _Run:
@@ -236,10 +242,3 @@ async def _merge(
 
 async def _first(lines: AsyncGenerator[bytes, None]) -> bytes:
     return await anext(lines)
-
-
-async def _then(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    async with aclosing(rest):
-        yield first
-        async for line in rest:
-            yield line

@@ -74,8 +74,8 @@ def risk_plan(service: Service, risk: Risk | None) -> RiskPlan | None:
         return None
     options = RiskOptions.model_validate({}) if risk is True else risk
     probe = _probe(service, options)
-    if options.alpha != 1 and not probe.suppress.any():
-        raise APIError(400, "this probe has no neurons to suppress", param="risk.alpha")
+    if options.alpha != 1 or options.policy == "retry":
+        _check_suppression(service, probe, options)
     token, response = (
         next(point for point in rule.operating_points if point.name == rule.default)
         for rule in (probe.card.token, probe.card.response)
@@ -236,6 +236,14 @@ def _probe(service: Service, options: RiskOptions) -> Probe:
             code="probe_not_found",
         )
     return probe
+
+
+def _check_suppression(service: Service, probe: Probe, options: RiskOptions) -> None:
+    param = "risk.alpha" if options.alpha != 1 else "risk.policy"
+    if not service.suppression:
+        raise APIError(400, "this server runs without suppression: alpha is 1", param=param)
+    if not probe.suppress.any():
+        raise APIError(400, "this probe has no neurons to suppress: alpha is 1", param=param)
 
 
 def _turn(message: Message) -> dict[str, str]:

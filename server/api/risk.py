@@ -14,7 +14,7 @@ from starlette.responses import Response
 from probes.errors import HNeuronsError
 from server.api.answers import ScoredText, documented
 from server.api.errors import APIError, to_api_error
-from server.api.generation import new_id
+from server.api.generation import new_id, record_of
 from server.api.orders import (
     chat_prompt,
     check_context,
@@ -80,6 +80,9 @@ async def score_text(body: ScoreTextRequest, request: Request) -> Response:
     risk = summarise(plan, tokens)
     service.metrics.response_monitored(risk, tokens)
     service.metrics.request_finished("risk", seconds=service.clock() - started)
+    record_of(request).update(
+        prompt_tokens=len(given.prompt), scored_text_tokens=len(tokens), probe=plan.probe.id
+    )
     document: dict[str, Any] = {
         "id": answer_id,
         "object": "risk",

@@ -7,13 +7,13 @@ work at once, streamed or not: `unless_gone` races the work against the disconne
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 import orjson
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -47,8 +47,9 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
 
 
 class EventStream(Response):
-    """Sends what `lines` yields; closes `lines`, and with it the engine's work, in any case.
+    """Sends `first`, then what `rest` yields; closes `rest`, and so the engine's work, in any case.
 
+    first, rest  one stream of lines, whose beginning was awaited to learn its HTTP status
     on_abort  told "disconnect" or "slow_client" when the stream ends because of its client
     """
 
@@ -56,19 +57,21 @@ class EventStream(Response):
 
     def __init__(
         self,
-        lines: AsyncGenerator[bytes, None],
+        first: bytes,
+        rest: AsyncGenerator[bytes, None],
         *,
         on_abort: Callable[[str], None],
         send_seconds: float = SEND_SECONDS,
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._lines = lines
+        self._first = first
+        self._rest = rest
         self._on_abort = on_abort
         self._send_seconds = send_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._lines):
+        async with aclosing(self._rest):
             try:
                 await unless_gone(receive, self._write(send))
             except ClientGoneError:
@@ -80,15 +83,30 @@ class EventStream(Response):
             "status": self.status_code,
             "headers": self.raw_headers,
         }
-        await send(start)
-        async for line in self._lines:
-            try:
-                async with asyncio.timeout(self._send_seconds):
-                    await send({"type": "http.response.body", "body": line, "more_body": True})
-            except TimeoutError:
-                self._on_abort("slow_client")
-                return  # unfinished: the server closes the connection
+        try:
+            await self._in_time(send(start))
+            await self._in_time(send(_body(self._first)))
+            async for line in self._rest:
+                await self._in_time(send(_body(line)))
+        except _SlowClientError:
+            self._on_abort("slow_client")
+            return  # unfinished: the server closes the connection
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _in_time(self, sending: Awaitable[None]) -> None:
+        try:
+            async with asyncio.timeout(self._send_seconds):
+                await sending
+        except TimeoutError as error:
+            raise _SlowClientError from error
+
+
+class _SlowClientError(Exception):
+    """The client does not read; its socket is full."""
+
+
+def _body(line: bytes) -> Message:
+    return {"type": "http.response.body", "body": line, "more_body": True}
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -147,6 +147,17 @@ async def test_applied_values_are_echoed(wire):
     assert (risk["threshold"], risk["operating_point"], risk["alpha"]) == (0.5, "fpr_5", 1.0)
 
 
+@pytest.mark.parametrize(
+    ("risk", "param"), [({"alpha": 0.5}, "risk.alpha"), ({"policy": "retry"}, "risk.policy")]
+)
+async def test_a_server_without_suppression_refuses_what_needs_it(open_wire, risk, param):
+    """The meter of such a server has no buffers for alpha; the request must not reach it."""
+    async with open_wire(suppression=False) as wire:
+        response = await wire.chat("hi", risk=risk)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+        assert (await wire.chat("hi", risk={"alpha": 1})).status_code == 200
+
+
 async def test_tokens_can_be_left_out_and_neurons_can_be_named(wire):
     """The two ends of verbosity."""
     chunks = await wire.chunks("in 1969", risk={"tokens": False})

@@ -80,8 +80,7 @@ async def test_cancelling_the_race_cancels_the_work():
 async def test_a_stream_is_sent_whole():
     """Status, lines, and the empty last body that ends the response."""
 
-    async def two():
-        yield event({"a": "é"})
+    async def rest():
         yield DONE
 
     sent = []
@@ -89,7 +88,7 @@ async def test_a_stream_is_sent_whole():
     async def send(message):
         sent.append(message)
 
-    await EventStream(two(), on_abort=pytest.fail)({}, forever, send)
+    await EventStream(event({"a": "é"}), rest(), on_abort=pytest.fail)({}, forever, send)
     assert sent[0]["status"] == 200
     headers = dict(sent[0]["headers"])
     assert headers[b"content-type"] == b"text/event-stream; charset=utf-8"
@@ -116,8 +115,24 @@ async def test_a_stream_without_reader_is_closed_and_counted(reason):
                 await forever()
             left.set()
 
-    stream = EventStream(lines(), on_abort=told.append, send_seconds=0.05)
+    rest = lines()
+    stream = EventStream(await anext(rest), rest, on_abort=told.append, send_seconds=0.05)
     async with asyncio.timeout(5):
         await stream({}, receive, send)
     assert told == [reason]
+    assert lines.is_closed
+
+
+async def test_a_client_that_leaves_before_the_first_byte_ends_the_work():
+    """The generation has begun by then; nothing else would close it."""
+    lines, told = Lines(), []
+    rest = lines()
+    stream = EventStream(await anext(rest), rest, on_abort=told.append)
+
+    async def send(message):
+        await forever()
+
+    async with asyncio.timeout(5):
+        await stream({}, disconnected, send)
+    assert told == ["disconnect"]
     assert lines.is_closed
