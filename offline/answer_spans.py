@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 CharSpan = tuple[int, int]  # half-open, Unicode code points
 
 MAX_WRONG_WORDS = 6  # more words than this are prose, not an answer
+_SENTENCE_END = re.compile(r"[.!?](?=\s)|\n")
+_ABBREVIATION = re.compile(r"\b[A-Z]\w{0,2}$")
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 STOP_WORDS = frozenset(
@@ -71,14 +73,25 @@ def scaffold(text: str, question: str, located: Located) -> tuple[CharSpan, ...]
     )
 
 
-def first_sentence(text: str) -> str:
-    """Up to the first full stop, question mark or line break that ends a sentence.
+def closing(offsets: Sequence[CharSpan], text: str, located: Located) -> tuple[int, ...]:
+    """Tokens between the claim and the next word: the full stop, a closing quotation mark."""
+    following = (word.start for word in words(text) if word.start >= located.judged_until)
+    end = next(following, len(text))
+    return tuple(
+        i for i, (start, stop) in enumerate(offsets) if located.judged_until <= start < stop <= end
+    )
 
-    A stop after a word of one to three letters is taken for an abbreviation ("St. Louis").
+
+def first_sentence(text: str) -> str:
+    """Up to the stop or line break that ends the first sentence.
+
+    A stop after a capitalised word of one to three letters is taken for an abbreviation ("St.").
     """
     lead = len(text) - len(text.lstrip())
-    match = re.compile(r"(?<=\w{4})[.!?](?=\s)|(?<=[\d\"')])[.!?](?=\s)|\n").search(text, lead)
-    return text[: match.start()] if match else text
+    for match in _SENTENCE_END.finditer(text, lead):
+        if not _ABBREVIATION.search(text, 0, match.start()):
+            return text[: match.start()]
+    return text
 
 
 def token_offsets(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[CharSpan]:

@@ -51,6 +51,18 @@ class Dataset:
             dtype=np.int64,
         )
 
+    def judged(self, answers: IntArray) -> IntArray:
+        """Those of `answers` whose every token is judged: nothing follows the claim.
+
+        What a model adds to a right claim may be false, so only of these answers is it known
+        whether the whole response is hallucinated.
+        """
+        kind = self.features.kind
+        return np.array(
+            [i for i in answers if not (kind[self.rows_of(i)] == Kind.UNJUDGED).any()],
+            dtype=np.int64,
+        )
+
     def ordinary(self, part: Part) -> IntArray:
         """Indices of the long answers to ordinary prompts."""
         return np.array(

@@ -273,6 +273,22 @@ def _whole(logprob: Tensor, entropy: Tensor) -> Tensor:
     )
 
 
+def parse_position(text: str) -> Position:
+    """RecordError for anything but read and write."""
+    if text not in ("read", "write"):
+        raise RecordError(f"position {text!r} is not one of read, write")
+    return "read" if text == "read" else "write"
+
+
+def parse_dtype(text: str) -> torch.dtype:
+    """RecordError for a dtype that features are not stored in."""
+    if text not in ("float16", "bfloat16", "float32"):
+        raise RecordError(f"dtype {text!r} is not one of float16, bfloat16, float32")
+    dtype = getattr(torch, text)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
 def features_header(
     identity: ModelIdentity, position: Position, labels_sha256: str
 ) -> FeaturesHeader:

@@ -65,7 +65,7 @@ class Features:
                 if columns is not None:
                     part = part[:, torch.from_numpy(columns)]
             if out is None:
-                out = np.empty((len(rows), part.shape[1]), np.float32)
+                out = np.empty((len(rows), part.shape[1]), np.float32, order="F")
             out[here] = part.float().numpy()
         if out is None:
             raise RecordError(f"no rows of {name} were asked for")

@@ -40,12 +40,14 @@ class FitSettings(Record, frozen=True, kw_only=True):
     """What decides a fit besides the data; recorded in the card."""
 
     seed: int = 0
+    transfer: tuple[str, ...] = ()  # sources that are only evaluated on
     solver: Solver = "skglm"
     max_neurons: int = 350
-    strengths: tuple[float, ...] = (0.3, 0.2, 0.14, 0.1, 0.07, 0.05, 0.035, 0.025)  # of the largest
-    scaffold_per_claim: float = 1.0  # scaffold tokens in the fit, per token of a wrong claim
-    prose_per_claim: float = 2.0
-    token_default: str = "fpr_5"
+    strengths: tuple[float, ...] = (0.3, 0.2, 0.14, 0.1, 0.085, 0.07, 0.06, 0.05)  # of the largest
+    right_per_wrong: float = 1.4  # weight of the tokens of right claims, by repetition
+    scaffold_per_wrong: float = 2.0  # tokens of the scaffold, at most, per token of a wrong claim
+    prose_per_wrong: float = 3.0
+    token_default: str = "fpr_1"
     response_default: str = "fpr_10"
     pooling: Pooling = Pooling("max_window", 2)
 
@@ -97,7 +99,7 @@ def fit(data: Dataset, settings: FitSettings) -> FitResult:
     log.info("fitting on %d tokens of %d neurons", *x.shape)
     path: list[Candidate] = []
     for strength, weight, bias in l1_path(
-        np.asfortranarray(x), kinds == Kind.WRONG, settings.strengths, solver=settings.solver
+        x, kinds == Kind.WRONG, settings.strengths, solver=settings.solver
     ):
         columns = np.flatnonzero(weight)
         log.info("strength %.3f: %d neurons", strength, len(columns))
@@ -127,23 +129,31 @@ def fit(data: Dataset, settings: FitSettings) -> FitResult:
     )
 
 
+def parse_solver(text: str) -> Solver:
+    """RecordError for an unknown solver."""
+    if text not in ("skglm", "liblinear"):
+        raise RecordError(f"solver {text!r} is not one of skglm, liblinear")
+    return "skglm" if text == "skglm" else "liblinear"
+
+
 def choose_rows(data: Dataset, settings: FitSettings) -> IntArray:
-    """Rows to fit on: every claim, and a sample of scaffold and prose in proportion to them."""
-    claims = data.rows("fit", Kind.WRONG, Kind.RIGHT)
-    wrong = data.rows("fit", Kind.WRONG)
-    if not 0 < len(wrong) < len(claims):
+    """Rows to fit on: every claim, and a sample of scaffold and prose in proportion to the wrong
+    ones. Right claims are few and the hardest to tell from wrong ones, so they are repeated."""
+    wrong, right = data.rows("fit", Kind.WRONG), data.rows("fit", Kind.RIGHT)
+    if not len(wrong) or not len(right):
         raise RecordError(
-            f"{len(wrong)} of {len(claims)} claim tokens to fit on are of wrong answers: both "
-            f"classes are needed; ask more questions, or others (see the counts of `label`)"
+            f"{len(wrong)} tokens of wrong claims and {len(right)} of right ones to fit on: both "
+            f"are needed; ask more questions, or others (see the counts of `label`)"
         )
+    repeats = max(1, round(settings.right_per_wrong * len(wrong) / len(right)))
     sampled = (
-        sample(data.rows("fit", kind), round(per_claim * len(wrong)), seed=settings.seed)
-        for kind, per_claim in (
-            (Kind.SCAFFOLD, settings.scaffold_per_claim),
-            (Kind.PROSE, settings.prose_per_claim),
+        sample(data.rows("fit", kind), round(share * len(wrong)), seed=settings.seed)
+        for kind, share in (
+            (Kind.SCAFFOLD, settings.scaffold_per_wrong),
+            (Kind.PROSE, settings.prose_per_wrong),
         )
     )
-    return np.sort(np.concatenate([claims, *sampled]))
+    return np.sort(np.concatenate([wrong, np.repeat(right, repeats), *sampled]))
 
 
 def sample(rows: IntArray, most: int, *, seed: int) -> IntArray:
@@ -259,7 +269,7 @@ def _token_rule(
 def _response_rule(
     data: Dataset, candidate: Candidate, pooling: Pooling
 ) -> tuple[Calibration, tuple[OperatingPoint, ...]]:
-    answers = data.answered("calibrate")
+    answers = data.judged(data.answered("calibrate"))
     logits, wrong = pooled(data, candidate, answers, pooling), data.hallucinated(answers)
     calibration = platt(logits, wrong)
     return calibration, operating_points(calibration, logits, wrong)

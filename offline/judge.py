@@ -59,7 +59,7 @@ def usable_aliases(gold: Iterable[str], question: str) -> list[tuple[str, ...]]:
     for alias in gold:
         parts = words(alias)
         keys = tuple(word.key for word in parts)
-        short = len(alias.strip()) <= 2 and alias.strip().isalpha()
+        short = len(alias.strip()) <= 2 and alias.strip().isascii() and alias.strip().isalpha()
         if not keys or _find(asked, keys) is not None or (short and not alias.strip().isupper()):
             continue
         usable.append((parts[0].text,) if short else keys)

@@ -22,6 +22,8 @@ from offline.records import Answer, Header, Label, Verdict, read_records, sha256
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from offline.models import LoadedTokenizer
+
 log = logging.getLogger(__name__)
 
 ABSTAINED = "gives no answer"
@@ -37,7 +39,7 @@ def label_answers(
     answers_path: Path,
     labels_path: Path,
     *,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: LoadedTokenizer,
     agree: int,
     wrong_per_right: float,
 ) -> Counter[str]:
@@ -47,8 +49,9 @@ def label_answers(
     wrong_per_right  so many wrong answers are kept per right one of the same group; 0 keeps all
     """
     header, answers = read_records(answers_path, Answer)
+    tokenizer.check(header, answers_path)
     answers.sort(key=lambda answer: answer.id)  # they were written as they came
-    labels = [label_one(answer, tokenizer) for answer in answers]
+    labels = [label_one(answer, tokenizer.tokenizer) for answer in answers]
     labels = apply_agreement(answers, labels, agree)
     if wrong_per_right:
         labels = balance(answers, labels, wrong_per_right)
@@ -90,7 +93,8 @@ def label_one(answer: Answer, tokenizer: PreTrainedTokenizerBase) -> Label:
         return _dropped(answer, verdict, NO_SPAN)
     tokens = answer_spans.overlapping(offsets, located.spans)
     around = answer_spans.scaffold(answer.text, answer.question, located)
-    others = set(answer_spans.overlapping(offsets, around)) - set(tokens)
+    closing = answer_spans.closing(offsets, answer.text, located)
+    others = {*answer_spans.overlapping(offsets, around), *closing} - set(tokens)
     return Label(
         id=answer.id,
         verdict=verdict,

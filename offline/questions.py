@@ -101,7 +101,7 @@ STYLES: dict[str, tuple[Callable[[str], str], int]] = {
 def read_questions(source: Source) -> list[Question]:
     """The chosen rows in an order that does not depend on the file's; RecordError names the row."""
     groups: dict[str, list[Row]] = defaultdict(list)
-    for row in sorted(_read_rows(source.path), key=lambda row: _shuffle_key(row.id)):
+    for row in sorted(_read_rows(source.path), key=lambda row: shuffle_key(row.id)):
         groups[row.group].append(row)
     stop = source.skip + source.per_group if source.per_group else None
     chosen = [row for rows in groups.values() for row in rows[source.skip : stop]]
@@ -119,7 +119,7 @@ def read_questions(source: Source) -> list[Question]:
             split=row.split,
             max_tokens=max_tokens,
         )
-        for row in sorted(chosen, key=lambda row: _shuffle_key(row.id))
+        for row in sorted(chosen, key=lambda row: shuffle_key(row.id))
     ]
 
 
@@ -159,5 +159,5 @@ def _read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _shuffle_key(text: str) -> str:
+def shuffle_key(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,268 @@
+"""`python -m offline VERB`: from questions to a probe, one verb per step, all of them by `train`.
+
+A run is a folder: answers.jsonl, labels.jsonl, features/, fit.json, evaluation.json, probe/. Each
+verb reads what the one before it wrote, goes on where it was stopped, and can be run alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shlex
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from probes.errors import HNeuronsError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+Model = Annotated[str, typer.Argument(help="hub id or folder of the model")]
+Run = Annotated[Path, typer.Option("--out", help="folder of the run")]
+Questions = Annotated[
+    list[str],
+    typer.Option(
+        "--questions",
+        help="PATH:STYLE[:PER_GROUP[:SKIP]], repeatable; styles: complete, answer_only, ask, "
+        "ordinary",
+    ),
+]
+Revision = Annotated[str | None, typer.Option(help="commit of a hub id, 40 hex digits")]
+BaseURL = Annotated[str | None, typer.Option(help="server to ask (default: start one)")]
+Samples = Annotated[int, typer.Option(min=1, help="answers per question")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy")]
+TopP = Annotated[float, typer.Option(min=0, max=1)]
+TopK = Annotated[int, typer.Option(min=0, help="0 is off")]
+InFlight = Annotated[int, typer.Option(min=1, help="requests at a time")]
+Agree = Annotated[int, typer.Option(min=1, help="samples of a question that must agree")]
+WrongPerRight = Annotated[
+    float, typer.Option(min=0, help="wrong answers kept per right one of a group; 0: all")
+]
+Position = Annotated[str, typer.Option(help="read or write: which pass a token is scored in")]
+Dtype = Annotated[str, typer.Option(help="of stored features: float16, bfloat16, float32")]
+Transfer = Annotated[
+    list[str] | None, typer.Option(help="stem of a question file that is only evaluated on")
+]
+Solver = Annotated[str, typer.Option(help="skglm, or liblinear for small models")]
+MaxNeurons = Annotated[int, typer.Option(min=1, help="neuron budget")]
+Seed = Annotated[int, typer.Option(help="of sampling, split and fit")]
+Name = Annotated[str, typer.Option(help="name of the probe")]
+
+
+@app.command()
+def collect(
+    model: Model,
+    out: Run,
+    questions: Questions,
+    base_url: BaseURL = None,
+    revision: Revision = None,
+    samples: Samples = 1,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = 0,
+    in_flight: InFlight = 32,
+) -> None:
+    """Ask the questions of a server and keep the answers with their token ids."""
+    from offline import collect as verb
+    from offline.child_server import child_server
+    from offline.models import load_tokenizer, short_name
+    from offline.questions import Source, check_unique, read_questions, shuffle_key
+    from offline.records import versions
+
+    asked = [q for text in questions for q in read_questions(Source.parse(text))]
+    check_unique(asked)
+    asked.sort(key=lambda question: shuffle_key(question.id))  # what a cut run has is no bias
+    sampling = verb.Sampling(
+        samples=samples, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+    )
+    tokenizer = load_tokenizer(model, revision=revision)
+    header = verb.answers_header(
+        short_name(model),
+        tokenizer_sha256=tokenizer.tokenizer_sha256,
+        chat_template_sha256=tokenizer.chat_template_sha256,
+        sampling=sampling,
+        libraries=versions(),
+    )
+    with nullcontext(base_url) if base_url else child_server(model, in_flight=in_flight) as url:
+        asyncio.run(
+            verb.collect(
+                asked,
+                out / "answers.jsonl",
+                base_url=url,
+                header=header,
+                sampling=sampling,
+                in_flight=in_flight,
+                api_key=os.environ.get("OPENAI_API_KEY"),
+            )
+        )
+
+
+@app.command()
+def label(
+    model: Model,
+    out: Run,
+    revision: Revision = None,
+    agree: Agree = 1,
+    wrong_per_right: WrongPerRight = 1.5,
+) -> None:
+    """Judge the answers and find the tokens of their claims."""
+    from offline.label import label_answers
+    from offline.models import load_tokenizer
+
+    label_answers(
+        out / "answers.jsonl",
+        out / "labels.jsonl",
+        tokenizer=load_tokenizer(model, revision=revision),
+        agree=agree,
+        wrong_per_right=wrong_per_right,
+    )
+
+
+@app.command()
+def extract(
+    model: Model,
+    out: Run,
+    revision: Revision = None,
+    position: Position = "read",
+    dtype: Dtype = "float16",
+) -> None:
+    """Read every neuron at every token of the labelled answers."""
+    from offline import extract as verb
+    from offline.models import load_model, load_tokenizer
+    from offline.records import Answer, Label, read_records, sha256
+
+    tokenizer = load_tokenizer(model, revision=revision)
+    header, answers = read_records(out / "answers.jsonl", Answer)
+    tokenizer.check(header, out / "answers.jsonl")
+    _, labels = read_records(out / "labels.jsonl", Label)
+    loaded = load_model(model, revision=revision, tokenizer=tokenizer)
+    verb.extract(
+        loaded.model,
+        verb.make_items(answers, labels, end_tokens=loaded.end_tokens),
+        out / "features",
+        header=verb.features_header(
+            loaded.identity, verb.parse_position(position), sha256(out / "labels.jsonl")
+        ),
+        dtype=verb.parse_dtype(dtype),
+    )
+
+
+@app.command()
+def fit(
+    out: Run,
+    transfer: Transfer = None,
+    solver: Solver = "skglm",
+    max_neurons: MaxNeurons = 350,
+    seed: Seed = 0,
+) -> None:
+    """Fit, choose and calibrate a probe."""
+    from offline import fit as verb
+    from offline.dataset import load_dataset
+
+    settings = verb.FitSettings(
+        seed=seed,
+        solver=verb.parse_solver(solver),
+        max_neurons=max_neurons,
+        transfer=tuple(transfer or ()),
+    )
+    data = load_dataset(out, transfer=frozenset(settings.transfer), seed=seed)
+    verb.fit(data, settings).save(out / "fit.json")
+
+
+@app.command()
+def evaluate(out: Run) -> None:
+    """Judge the probe on unseen relations and questions, beside the baselines."""
+    from offline import evaluate as verb
+    from offline.dataset import load_dataset
+    from offline.fit import FitResult
+
+    result = FitResult.load(out / "fit.json")
+    data = load_dataset(
+        out, transfer=frozenset(result.settings.transfer), seed=result.settings.seed
+    )
+    verb.evaluate(data, result).save(out / "evaluation.json")
+
+
+@app.command()
+def publish(
+    model: Model,
+    out: Run,
+    name: Name,
+    revision: Revision = None,
+    to: Annotated[Path | None, typer.Option(help="new folder (default: OUT/probe)")] = None,
+) -> None:
+    """Write the folder that `python -m server MODEL --probe FOLDER` loads."""
+    from offline import publish as verb
+    from offline.dataset import load_dataset
+    from offline.evaluate import Evaluation
+    from offline.fit import FitResult
+    from offline.models import load_model, load_tokenizer
+
+    result = FitResult.load(out / "fit.json")
+    data = load_dataset(
+        out, transfer=frozenset(result.settings.transfer), seed=result.settings.seed
+    )
+    tokenizer = load_tokenizer(model, revision=revision)
+    verb.publish(
+        to or out / "probe",
+        name=name,
+        result=result,
+        evaluation=Evaluation.load(out / "evaluation.json"),
+        data=data,
+        loaded=load_model(model, revision=revision, tokenizer=tokenizer),
+        training=verb.training_facts(out, result, data, command=shlex.join(sys.argv)),
+    )
+
+
+@app.command()
+def train(
+    model: Model,
+    out: Run,
+    questions: Questions,
+    name: Name,
+    base_url: BaseURL = None,
+    revision: Revision = None,
+    samples: Samples = 1,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    in_flight: InFlight = 32,
+    agree: Agree = 1,
+    wrong_per_right: WrongPerRight = 1.5,
+    position: Position = "read",
+    dtype: Dtype = "float16",
+    transfer: Transfer = None,
+    solver: Solver = "skglm",
+    max_neurons: MaxNeurons = 350,
+    seed: Seed = 0,
+    to: Annotated[Path | None, typer.Option(help="new folder (default: OUT/probe)")] = None,
+) -> None:
+    """Every verb in turn: from questions to a probe that a server loads."""
+    collect(
+        model, out, questions, base_url, revision, samples, temperature, top_p, top_k, seed,
+        in_flight,
+    )  # fmt: skip
+    label(model, out, revision, agree, wrong_per_right)
+    extract(model, out, revision, position, dtype)
+    fit(out, transfer, solver, max_neurons, seed)
+    evaluate(out)
+    publish(model, out, name, revision, to)
+
+
+def main() -> None:
+    """Console script `hneurons-offline`."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        app()
+    except HNeuronsError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""README.md of a probe, written from the numbers of its card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from probes.calibration import OperatingPoint
+from probes.probe import EvaluationRow, ProbeCard
+
+NOT_GOOD_FOR = (
+    "It is no fact checker: it estimates from a few neurons whether the model makes an answer up. "
+    "A confident error can get a low risk and a correct rare fact a high one.",
+    "It was fitted on short factual answers in English (one claim each) and on ordinary prose. "
+    "Facts inside long answers, code, mathematics, reasoning, other languages and text about a "
+    "given document were not measured.",
+    "The labels come from matching answers with lists of accepted spellings. Where several answers "
+    "are true the lists often know one, so some right answers were learned as wrong.",
+    "Half of the answers it was calibrated on are wrong. Where fewer are, the true rate behind a "
+    "risk is lower than the risk; use the false-positive rates of the operating points.",
+    "It belongs to exactly the weights, the tokenizer and the chat template that it names: "
+    "fine-tunes, adapters and quantised copies need a probe of their own.",
+    "Between domains it loses much of its edge; see the rows of sources it was not fitted on.",
+    "Scaling its neurons (alpha) changes how readily the model complies, not what it knows. It "
+    "repairs no hallucinations, and risks at alpha other than 1 are not calibrated.",
+)
+
+_SHOWN = ("auroc", "auroc_within_units", "auprc", "recall_at_5_fpr")
+
+
+def readme(card: ProbeCard, probe_id: str) -> str:
+    """Markdown; every figure comes from the card."""
+    return "\n".join(
+        [
+            f"# Probe `{probe_id}`",
+            "",
+            f"Reads {_neurons(card)} of {card.model.model_id} ({card.model.dtype}, "
+            f"{card.model.num_layers} layers of {card.model.intermediate_size} neurons) and gives "
+            "every token the risk that it belongs to a made-up claim. Risk lies in [0, 1]; higher "
+            "is worse. It is an estimate for the kind of data below, nothing more.",
+            "",
+            "## What it is not good for",
+            "",
+            *(f"- {sentence}" for sentence in card.not_good_for),
+            "",
+            "## Thresholds",
+            "",
+            "Of tokens (false-positive rate among held-out tokens that make no wrong claim):",
+            "",
+            *_points(card.token.operating_points, card.token.default),
+            "",
+            f"Of responses (pooling: {card.response.pooling.kind}, window "
+            f"{card.response.pooling.window}; false-positive rate among right answers):",
+            "",
+            *_points(card.response.operating_points, card.response.default),
+            "",
+            "## Evaluation",
+            "",
+            "On relations and questions that were neither fitted nor calibrated on. In brackets "
+            "the 95 % interval, resampled by relation or question. All detectors are oriented so "
+            "that higher means more likely made up.",
+            "",
+            *_evaluation(card.evaluation),
+            "",
+            "## Calibration",
+            "",
+            "| level | mean risk | observed | n |",
+            "|---|---|---|---|",
+            *(
+                f"| {b.level} | {b.mean_risk:.3f} | {b.frequency:.3f} | {b.n} |"
+                for b in card.reliability
+            ),
+            "",
+            "## How it was made",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {key} | {value} |" for key, value in card.training.items()),
+            *(f"| {key} | {value} |" for key, value in card.libraries.items()),
+            f"| created | {card.created} |",
+            "",
+        ]
+    )
+
+
+def _neurons(card: ProbeCard) -> str:
+    return f"{card.training['neurons']} feed-forward neurons"
+
+
+def _points(points: Sequence[OperatingPoint], default: str) -> list[str]:
+    return [
+        "| name | threshold | false-positive rate | recall |",
+        "|---|---|---|---|",
+        *(
+            f"| {p.name}{' (default)' if p.name == default else ''} | {p.threshold:.4f} "
+            f"| {p.false_positive_rate:.3f} | {p.recall:.3f} |"
+            for p in points
+        ),
+    ]
+
+
+def _evaluation(rows: Iterable[EvaluationRow]) -> list[str]:
+    """One table per data set: detectors down, metrics across."""
+    tables: dict[str, dict[str, dict[str, EvaluationRow]]] = {}
+    for row in rows:
+        tables.setdefault(row.dataset, {}).setdefault(row.detector, {})[row.metric] = row
+    lines: list[str] = []
+    for dataset, detectors in tables.items():
+        found = {metric for row in detectors.values() for metric in row}
+        ordered = [m for m in _SHOWN if m in found] or sorted(found)
+        n = next(iter(next(iter(detectors.values())).values())).n
+        lines += [f"**{dataset}** (n = {n})", "", f"| detector | {' | '.join(ordered)} |"]
+        lines += ["|---" * (len(ordered) + 1) + "|"]
+        for detector, figures in detectors.items():
+            cells = (_cell(figures.get(metric)) for metric in ordered)
+            lines.append(f"| {detector} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines
+
+
+def _cell(row: EvaluationRow | None) -> str:
+    if row is None:
+        return "-"
+    interval = "" if row.low is None else f" [{row.low:.3f}, {row.high:.3f}]"
+    return f"{row.value:.3f}{interval}"

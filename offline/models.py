@@ -1,0 +1,81 @@
+"""The model that a probe is fitted on: loaded and identified as when it is served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from offline.records import Header, RecordError
+from probes.errors import ModelError
+from probes.fingerprint import chat_template_sha256, identity, tokenizer_sha256
+from probes.neurons import find_ffns
+from probes.probe import ModelIdentity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class LoadedTokenizer(NamedTuple):
+    """A tokenizer with the digests that bind answers to it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_sha256: str
+    chat_template_sha256: str
+
+    def check(self, header: Header, path: Path) -> None:
+        """RecordError when `path`, which opens with `header`, was made with another tokenizer."""
+        for field in ("tokenizer_sha256", "chat_template_sha256"):
+            mine, theirs = getattr(self, field), getattr(header, field)
+            if mine != theirs:
+                raise RecordError(
+                    f"{path} was made with another model: {field} is {theirs}, here {mine}; "
+                    f"give the model that answered"
+                )
+
+
+class LoadedModel(NamedTuple):
+    """A model in its own dtype on the CPU or the first GPU."""
+
+    model: PreTrainedModel
+    identity: ModelIdentity
+    end_tokens: frozenset[int]
+
+
+def short_name(model: str) -> str:
+    """The last part of a hub id or folder: what people call the model; no path of a machine."""
+    return Path(model).name
+
+
+def load_tokenizer(model: str, *, revision: str | None) -> LoadedTokenizer:
+    """`model` is a folder or a hub id; no code of a repository is executed."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision or "main")
+    return LoadedTokenizer(tokenizer, tokenizer_sha256(tokenizer), chat_template_sha256(tokenizer))
+
+
+def load_model(model: str, *, revision: str | None, tokenizer: LoadedTokenizer) -> LoadedModel:
+    """ModelError when the model cannot be read."""
+    import torch
+    from transformers import AutoModelForCausalLM, PreTrainedModel
+
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model, revision=revision or "main", dtype="auto", use_safetensors=True
+    )
+    if not isinstance(loaded, PreTrainedModel):
+        raise ModelError(f"{model} loads as {type(loaded).__name__}, not as a language model")
+    if torch.cuda.is_available():
+        loaded.to("cuda")  # type: ignore[arg-type]  # wrapped by a decorator that loses `self`
+    ends: set[object] = {tokenizer.tokenizer.eos_token_id}
+    for config in (loaded.generation_config, loaded.config):
+        named = getattr(config, "eos_token_id", None)
+        ends |= set(named) if isinstance(named, list) else {named}
+    found = identity(
+        loaded,
+        find_ffns(loaded),
+        model_id=short_name(model),
+        revision=getattr(loaded.config, "_commit_hash", None) or "",
+        tokenizer_sha256=tokenizer.tokenizer_sha256,
+        chat_template_sha256=tokenizer.chat_template_sha256,
+    )
+    return LoadedModel(loaded, found, frozenset(end for end in ends if isinstance(end, int)))

@@ -1,0 +1,191 @@
+"""Verb `publish`: the folder that a server loads: probe.json, probe.safetensors and README.md.
+
+The known answers are read here by the same Meter that serves, and the folder is loaded again and
+checked before it counts as made.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from offline.card import NOT_GOOD_FOR, readme
+from offline.dataset import Dataset
+from offline.evaluate import Evaluation
+from offline.fit import FitResult
+from offline.models import LoadedModel
+from offline.records import (
+    Answer,
+    Label,
+    RecordError,
+    read_records,
+    sha256,
+    versions,
+    write_atomic,
+)
+from offline.splits import SHARES
+from probes import known_answer
+from probes.cett import FORMULA_VERSION
+from probes.fingerprint import match
+from probes.neurons import FFN, find_ffns
+from probes.probe import SCHEMA_VERSION, Probe, ProbeCard, ResponseRule, TokenRule
+from probes.tap import Meter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+HEAD = "token"
+KNOWN_ANSWERS = 3
+
+
+def publish(
+    folder: Path,
+    *,
+    name: str,
+    result: FitResult,
+    evaluation: Evaluation,
+    data: Dataset,
+    loaded: LoadedModel,
+    training: dict[str, str],
+) -> Probe:
+    """Write the new folder; RecordError when the model is not the one whose features were fitted.
+
+    `training` goes into the card as it is: data digests, labels, command, for people.
+    """
+    if loaded.identity != result.features.model:
+        raise RecordError("the features were extracted from another model; extract and fit again")
+    ffns = find_ffns(loaded.model)
+    card = ProbeCard(
+        schema_version=SCHEMA_VERSION,
+        formula_version=FORMULA_VERSION,
+        name=name,
+        position=result.features.position,
+        heads=(HEAD,),
+        token=TokenRule(
+            head=HEAD,
+            calibration=result.token,
+            operating_points=result.token_points,
+            default=result.settings.token_default,
+        ),
+        response=ResponseRule(
+            head=HEAD,
+            pooling=result.settings.pooling,
+            calibration=result.response,
+            operating_points=result.response_points,
+            default=result.settings.response_default,
+        ),
+        model=loaded.identity,
+        training=training,
+        evaluation=evaluation.rows,
+        reliability=evaluation.reliability,
+        not_good_for=NOT_GOOD_FOR,
+        libraries=versions(),
+        created=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        tensors_sha256="",
+        known_answers=(),
+    )
+    probe = _with_known_answers(make_probe(card, result, ffns), loaded.model, ffns, data)
+    probe.save(folder)
+    write_atomic(folder / "README.md", readme(probe.card, probe.id).encode())
+    written = Probe.load(folder)
+    match(written, loaded.identity)
+    log.info("%s: %d neurons in %s", written.id, len(written.layer), folder)
+    return written
+
+
+def training_facts(run: Path, result: FitResult, data: Dataset, *, command: str) -> dict[str, str]:
+    """What the probe was made from, in words: conditions that every figure of the card has."""
+    header, _ = read_records(run / "answers.jsonl", Answer)
+    labels, _ = read_records(run / "labels.jsonl", Label)
+    sampling = header.settings
+    facts = {
+        "neurons": str(len(result.chosen.columns)),
+        "command": command,
+        "answers": f"{sampling['samples']} per question, temperature {sampling['temperature']}, "
+        f"top_p {sampling['top_p']}, top_k {sampling['top_k']}",
+        "judge": f"{labels.settings['judge']}; {labels.settings['agree']} sample(s) agree; at most "
+        f"{labels.settings['wrong_per_right']} wrong answers per right one of a group",
+        "fitted on": "tokens of wrong claims against those of right claims, of the sentence around "
+        "both, and of ordinary long answers: "
+        + ", ".join(f"{n} {kind}" for kind, n in result.fitted_tokens.items()),
+        "split": "by relation where a source has ten or more, else by question: "
+        + ", ".join(f"{part} {share:.0%}" for part, share in SHARES.items())
+        + f"; seed {result.settings.seed}",
+        "strength": f"L1 at {result.chosen.strength:g} of the largest that fits anything, by "
+        f"{result.settings.solver}; chosen on the calibration part within "
+        f"{result.settings.max_neurons} neurons",
+        "answers_sha256": sha256(run / "answers.jsonl"),
+        "labels_sha256": sha256(run / "labels.jsonl"),
+    }
+    for part in (*SHARES, "transfer"):
+        answered = data.answered(part)
+        wrong = int(data.hallucinated(answered).sum())
+        facts[f"answers, {part}"] = (
+            f"{len(answered) - wrong} right, {wrong} wrong, {len(data.ordinary(part))} ordinary"
+        )
+    return facts
+
+
+def make_probe(card: ProbeCard, result: FitResult, ffns: tuple[FFN, ...]) -> Probe:
+    """The chosen candidate as a probe."""
+    layer, neuron = np.divmod(np.array(result.chosen.columns), card.model.intermediate_size)
+    norms = torch.stack([ffn.column_norms().cpu() for ffn in ffns])
+    return Probe.make(
+        card,
+        layer=layer,
+        neuron=neuron,
+        weight=np.array(result.chosen.weight)[:, None],
+        column_norm=norms[layer, neuron].numpy(),
+        bias=np.array([result.chosen.bias]),
+    )
+
+
+def _with_known_answers(
+    probe: Probe, model: PreTrainedModel, ffns: tuple[FFN, ...], data: Dataset
+) -> Probe:
+    with Meter(ffns, [probe], suppression=False) as meter:
+
+        @torch.inference_mode()
+        def read(token_ids: tuple[int, ...]) -> list[list[float]]:
+            meter.begin(batch=1)
+            model(input_ids=torch.tensor([token_ids], device=model.device), use_cache=False)
+            logits: Tensor = meter.logits()
+            rows: list[list[float]] = logits[0].tolist()
+            return rows
+
+        answers = known_answer.build([_ids(a) for a in _examples(data)], read)
+    card = msgspec.structs.replace(probe.card, known_answers=answers)
+    return Probe(
+        card=card,
+        layer=probe.layer,
+        neuron=probe.neuron,
+        weight=probe.weight,
+        column_norm=probe.column_norm,
+        suppress=probe.suppress,
+        bias=probe.bias,
+    )
+
+
+def _examples(data: Dataset) -> list[Answer]:
+    """The shortest right, wrong and ordinary answers of the test part."""
+    answered = data.answered("test")
+    wrong = data.hallucinated(answered)
+    kinds = (answered[wrong], answered[~wrong], data.ordinary("test"))
+    return [
+        min((data.answers[i] for i in kind), key=lambda a: (len(_ids(a)), a.id))
+        for kind in kinds[:KNOWN_ANSWERS]
+        if len(kind)
+    ]
+
+
+def _ids(answer: Answer) -> tuple[int, ...]:
+    return answer.prompt_token_ids + answer.token_ids
