@@ -90,6 +90,7 @@ def load_engine(settings: Settings, model: Model, probes: Sequence[Probe]) -> En
             max_waiting_requests=settings.max_waiting_requests,
             max_waiting_tokens=settings.max_waiting_tokens,
         )
+    from huggingface_hub.errors import StrictDataclassError
     from transformers.utils import logging as transformers_logging
 
     from server.engines.loader import load_transformers_engine
@@ -110,7 +111,7 @@ def load_engine(settings: Settings, model: Model, probes: Sequence[Probe]) -> En
             max_waiting_tokens=settings.max_waiting_tokens,
             suppression=settings.suppression,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         # What libraries raise for a damaged checkpoint, an unknown device, too little memory.
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ModelError(f"cannot load {settings.model!r}: {reason}") from error
