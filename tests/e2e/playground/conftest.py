@@ -31,6 +31,7 @@ from playwright.sync_api import (
 )
 
 READY_SECONDS = 120.0
+CACHE = "HNEURONS_CACHE"  # where the demo model lies; other settings decide no test
 CHROMIUM_FLAGS = (
     "--disable-gpu",
     "--disable-quic",
@@ -143,12 +144,13 @@ def _server(
     repository: Path, log: Path, arguments: tuple[str, ...], environment: dict[str, str]
 ) -> Iterator[str]:
     port = _free_port()
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("HNEURONS_") or k == CACHE}
     command = [sys.executable, "-m", "server", *arguments, "--port", str(port)]
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
             cwd=repository,
-            env=os.environ | environment,
+            env=kept | environment,
             stdout=output,
             stderr=output,
         )

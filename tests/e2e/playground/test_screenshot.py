@@ -40,7 +40,7 @@ def test_the_screenshot_shows_a_real_answer_with_tinted_tokens(
     risks = page.locator(".token").evaluate_all("(spans) => spans.map(({ entry }) => entry.risk)")
     assert len(risks) > 20
     assert all(isinstance(risk, float) and 0 <= risk <= 1 for risk in risks)
-    expect(page.locator(".score")).to_have_text(f"{float(page.locator('.score').inner_text()):.2f}")
+    assert 0 <= float(page.locator(".score").inner_text()) <= 1
 
     flagged = page.locator(".token[data-level=flagged]")
     worst = page.locator(".token").nth(risks.index(max(risks)))
