@@ -89,7 +89,7 @@ def first_sentence(text: str) -> str:
     """
     lead = len(text) - len(text.lstrip())
     for match in _SENTENCE_END.finditer(text, lead):
-        if not _ABBREVIATION.search(text, 0, match.start()):
+        if match[0] != "." or not _ABBREVIATION.search(text, 0, match.start()):
             return text[: match.start()]
     return text
 

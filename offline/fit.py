@@ -269,7 +269,10 @@ def _token_rule(
 def _response_rule(
     data: Dataset, candidate: Candidate, pooling: Pooling
 ) -> tuple[Calibration, tuple[OperatingPoint, ...]]:
-    answers = data.judged(data.answered("calibrate"))
-    logits, wrong = pooled(data, candidate, answers, pooling), data.hallucinated(answers)
+    """Short answers that are judged to the end, right and wrong, and ordinary long answers, which
+    claim nothing false: without these a response's risk would only measure its length."""
+    short, long = data.judged(data.answered("calibrate")), data.ordinary("calibrate")
+    wrong = np.concatenate([data.hallucinated(short), np.zeros(len(long), dtype=np.bool_)])
+    logits = pooled(data, candidate, np.concatenate([short, long]), pooling)
     calibration = platt(logits, wrong)
     return calibration, operating_points(calibration, logits, wrong)

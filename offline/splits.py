@@ -14,7 +14,7 @@ from typing import Literal, get_args
 from offline.judge import words
 from offline.records import Answer, RecordError
 
-Part = Literal["fit", "calibrate", "test", "transfer"]
+Part = Literal["fit", "calibrate", "test", "transfer", "excluded"]
 
 SHARES: dict[Part, float] = {"fit": 0.6, "calibrate": 0.15, "test": 0.25}
 MIN_GROUPS = 10
@@ -28,7 +28,7 @@ def unit(answer: Answer, groups_of_source: int) -> str:
     question, without case and punctuation."""
     if groups_of_source >= MIN_GROUPS:
         return f"{answer.source}/{answer.group}"
-    return " ".join(word.key for word in words(answer.question))
+    return _plain(answer)
 
 
 def assign(
@@ -36,7 +36,8 @@ def assign(
 ) -> tuple[dict[str, str], dict[str, Part]]:
     """`(answer id -> unit, answer id -> part)`.
 
-    `transfer` names sources that are only evaluated on. Answers to ordinary prompts follow the
+    `transfer` names sources that are only evaluated on; of these, a question that another source
+    asks as well is excluded. Answers to ordinary prompts follow the
     split that their file gives. Deterministic in the answers, whatever their order.
     """
     groups: dict[str, set[str]] = defaultdict(set)
@@ -53,10 +54,11 @@ def assign(
     homes: dict[str, Part] = {}
     for counts in sizes.values():
         _distribute(counts, homes, seed)
+    asked = {_plain(answer) for answer in answers if answer.source not in transfer}
     parts: dict[str, Part] = {}
     for answer in answers:
         if answer.source in transfer:
-            parts[answer.id] = "transfer"
+            parts[answer.id] = "excluded" if _plain(answer) in asked else "transfer"
         elif answer.gold:
             parts[answer.id] = homes[units[answer.id]]
         else:
@@ -76,11 +78,11 @@ def check_disjoint(
     """RecordError when an id, a unit or a normalised question stands in two parts."""
     seen: dict[str, Part] = {}
     for answer in answers:
-        question = " ".join(word.key for word in words(answer.question or answer.prompt))
-        for key in (f"id {answer.question_id}", f"unit {units[answer.id]}", f"text {question}"):
-            here = parts[answer.id]
+        here = parts[answer.id]
+        if here == "excluded":
+            continue
+        for key in (answer.question_id, f"unit {units[answer.id]}", f"text {_plain(answer)}"):
             before = seen.setdefault(key, here)
-            # A question that a transfer source shares would be a leak as well.
             if before != here:
                 raise RecordError(f"{key!r} stands in {before!r} and in {here!r}: the split leaks")
 
@@ -90,11 +92,14 @@ def _distribute(counts: Counter[str], homes: dict[str, Part], seed: int) -> None
     total = counts.total()
     filled: Counter[str] = Counter()
     for name in sorted(counts, key=lambda n: hashlib.sha256(f"{seed}/{n}".encode()).digest()):
-        if name in homes:
-            raise RecordError(f"unit {name!r} stands in two sources: the split would leak")
-        part = max(SHARES, key=lambda p: SHARES[p] - filled[p] / total)
-        homes[name] = part
-        filled[part] += counts[name]
+        if name not in homes:  # two sources may ask one question
+            homes[name] = max(SHARES, key=lambda p: SHARES[p] - filled[p] / total)
+        filled[homes[name]] += counts[name]
+
+
+def _plain(answer: Answer) -> str:
+    """The question without case and punctuation."""
+    return " ".join(word.key for word in words(answer.question or answer.prompt))
 
 
 assert set(SHARES) <= set(get_args(Part))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -95,7 +97,7 @@ def test_offsets_come_from_ids_and_cover_the_text_once(
     offsets = token_offsets(tokenizer, ids)
     assert len(offsets) == len(ids)
     assert "".join(text[start:stop] for start, stop in offsets) == text
-    assert all(a[1] == b[0] for a, b in zip(offsets, offsets[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(offsets))
 
 
 def test_an_end_token_writes_nothing(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,0 +1,123 @@
+"""Figures against scikit-learn; intervals by unit; orientation: higher is worse."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from offline import metrics
+from offline.calibrate import isotonic, operating_points, platt
+from offline.records import RecordError
+from probes.calibration import calibrate
+
+
+@pytest.fixture
+def scored() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    random = np.random.default_rng(0)
+    positive = random.random(500) < 0.3
+    score = np.sort(np.round(random.normal(size=500), 1))  # with ties, ascending
+    weight = random.integers(0, 4, 500).astype(np.float64)
+    return positive, score, weight
+
+
+def test_auroc_and_auprc_are_scikit_learns_with_ties_and_weights(
+    scored: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> None:
+    positive, score, weight = scored
+    assert metrics.auroc(*scored) == pytest.approx(
+        roc_auc_score(positive, score, sample_weight=weight)
+    )
+    assert metrics.auprc(*scored) == pytest.approx(
+        average_precision_score(positive, score, sample_weight=weight)
+    )
+
+
+def test_rank_does_not_depend_on_the_order_of_rows(
+    scored: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> None:
+    positive, score, _ = scored
+    order = np.random.default_rng(1).permutation(len(score))
+    assert metrics.rank(positive[order], score[order]) == pytest.approx(
+        metrics.auroc(positive, score, np.ones(500))
+    )
+
+
+def test_recall_at_a_rate_flags_no_more_negatives_than_that() -> None:
+    positive = np.array([False] * 100 + [True] * 4)
+    score = np.r_[np.arange(100), [50, 94.5, 95.5, 200]].astype(np.float64)
+    order = np.argsort(score, kind="stable")
+    recall = metrics.recall_at_fpr(0.05)(positive[order], score[order], np.ones(104))
+    assert recall == 0.75
+
+
+def test_the_interval_grows_when_rows_come_in_few_units() -> None:
+    """Resampling rows of 6 relations as if each were its own pretends to certainty."""
+    random = np.random.default_rng(0)
+    group = np.repeat(np.arange(6), 100)
+    positive = random.random(600) < 0.5
+    score = random.normal(size=600) + positive * random.normal(size=6)[group]
+    by_row = metrics.with_interval(metrics.auroc, positive, score, [str(i) for i in range(600)])
+    by_group = metrics.with_interval(metrics.auroc, positive, score, [str(g) for g in group])
+    assert by_row.value == by_group.value
+    assert by_group.high - by_group.low > 1.5 * (by_row.high - by_row.low)
+    assert by_group.low <= by_group.value <= by_group.high
+
+
+def test_telling_groups_apart_earns_nothing_within_them() -> None:
+    """The relation alone reached .739: the figure inside relations shows what is left."""
+    units = ["easy"] * 100 + ["hard"] * 100
+    positive = np.r_[np.arange(100) < 10, np.arange(100) < 90]
+    score = np.r_[np.zeros(100), np.ones(100)]
+    assert metrics.rank(positive, score) > 0.8
+    assert metrics.auroc_within(positive, score, units) == 0.5
+
+
+def test_platt_and_isotonic_recover_the_probabilities() -> None:
+    random = np.random.default_rng(0)
+    logits = random.normal(size=20_000) * 3
+    risk = 1 / (1 + np.exp(-(0.7 * logits - 1)))
+    hallucinated = random.random(20_000) < risk
+    fitted = platt(logits, hallucinated)
+    assert fitted.slope == pytest.approx(0.7, abs=0.05)
+    assert fitted.intercept == pytest.approx(-1, abs=0.08)
+    for calibration in (fitted, isotonic(logits, hallucinated)):
+        found = calibrate(calibration, logits)
+        assert np.abs(found - risk).mean() < 0.02
+        order = np.argsort(found, kind="stable")
+        ece = metrics.expected_calibration_error()
+        assert ece(hallucinated[order], found[order], np.ones(20_000)) < 0.02
+
+
+def test_a_wrong_risk_has_a_calibration_error() -> None:
+    positive = np.arange(1000) % 2 == 0
+    ece = metrics.expected_calibration_error()
+    assert ece(positive, np.full(1000, 0.9), np.ones(1000)) == pytest.approx(0.4)
+
+
+def test_an_operating_point_costs_what_it_says() -> None:
+    """flagged is risk >= threshold: ties must not flag more than the named rate."""
+    random = np.random.default_rng(0)
+    hallucinated = random.random(5000) < 0.4
+    logits = np.round(random.normal(size=5000) + 2 * hallucinated, 1)
+    calibration = platt(logits, hallucinated)
+    risks = calibrate(calibration, logits)
+    points = operating_points(calibration, logits, hallucinated)
+    assert [point.name for point in points] == ["fpr_1", "fpr_5", "fpr_10"]
+    for point, rate in zip(points, (0.01, 0.05, 0.1), strict=True):
+        flagged = risks >= point.threshold
+        assert point.false_positive_rate == pytest.approx(flagged[~hallucinated].mean())
+        assert point.recall == pytest.approx(flagged[hallucinated].mean())
+        assert rate / 2 < point.false_positive_rate <= rate
+
+
+def test_a_probe_that_ranks_upside_down_is_refused() -> None:
+    """Trap 20: a swapped polarity must not be calibrated away."""
+    logits = np.linspace(-1, 1, 100)
+    with pytest.raises(RecordError, match="less risk"):
+        platt(logits, logits < 0.1)
+
+
+def test_one_class_is_refused() -> None:
+    with pytest.raises(RecordError, match="both classes"):
+        platt(np.arange(3.0), np.ones(3, dtype=bool))

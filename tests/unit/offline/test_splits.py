@@ -1,0 +1,91 @@
+"""No relation and no question on two sides of a split."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from offline.records import Answer, RecordError
+from offline.splits import SHARES, assign, check_disjoint
+
+MakeAnswer = Callable[..., Answer]
+
+
+def _relations(make_answer: MakeAnswer) -> list[Answer]:
+    return [
+        make_answer(
+            question=f"The r{g} of thing{i} is", id=f"wiki/{style}/q{g}-{i}/0", group=f"r{g}",
+            source="wiki",
+        )
+        for g in range(40)
+        for i, style in enumerate(["complete", "ask"])
+    ]  # fmt: skip
+
+
+def test_relations_are_whole_across_styles_and_shares_hold(make_answer: MakeAnswer) -> None:
+    """Trap 18: the reference draws train and test ids independently; its sets overlap."""
+    answers = _relations(make_answer)
+    units, parts = assign(answers, transfer=frozenset(), seed=0)
+    of_relation: dict[str, set[str]] = {}
+    for answer in answers:
+        of_relation.setdefault(answer.group, set()).add(parts[answer.id])
+        assert units[answer.id] == f"wiki/{answer.group}"
+    assert all(len(found) == 1 for found in of_relation.values())
+    counts = Counter(parts.values())
+    assert all(counts[part] == pytest.approx(80 * share, abs=3) for part, share in SHARES.items())
+
+
+def test_a_source_of_few_groups_is_split_by_normalised_question(make_answer: MakeAnswer) -> None:
+    """Two trivia sites are no groups; one question with other punctuation is the same question."""
+    texts = ["Who wrote Hamlet?", "who wrote HAMLET", *(f"Q{letter}?" for letter in "abcdefghij")]
+    answers = [
+        make_answer(question=text, id=f"trivia/ask/q{i}/0", group="tc", source="trivia")
+        for i, text in enumerate(texts)
+    ]
+    units, parts = assign(answers, transfer=frozenset(), seed=0)
+    assert units[answers[0].id] == units[answers[1].id]
+    assert parts[answers[0].id] == parts[answers[1].id]
+    assert set(parts.values()) == set(SHARES)
+
+
+def test_the_split_does_not_depend_on_the_order_of_answers(make_answer: MakeAnswer) -> None:
+    answers = _relations(make_answer)
+    assert assign(answers, transfer=frozenset(), seed=3) == tuple(
+        map(dict, assign(answers[::-1], transfer=frozenset(), seed=3))
+    )
+
+
+def test_a_leak_is_an_error(make_answer: MakeAnswer) -> None:
+    """Asserted at load: a question that a transfer source shares with the fit is a leak too."""
+    answers = [make_answer(id="a/ask/1/0"), make_answer(id="b/ask/2/0")]
+    with pytest.raises(RecordError, match="leaks"):
+        check_disjoint(
+            answers,
+            {a.id: a.id for a in answers},
+            {answers[0].id: "fit", answers[1].id: "test"},
+        )
+
+
+def test_a_transfer_question_that_is_also_fitted_on_is_excluded(make_answer: MakeAnswer) -> None:
+    """NQ-Open and TriviaQA share a question; counted as transfer it would be a leak."""
+    answers = [
+        make_answer(question="Who wrote Hamlet?", id="trivia/ask/1/0", source="trivia"),
+        make_answer(question="who wrote hamlet", id="nq/ask/1/0", source="nq"),
+        make_answer(question="who wrote emma", id="nq/ask/2/0", source="nq"),
+    ]
+    parts = assign(answers, transfer=frozenset({"nq"}), seed=0)[1]
+    assert [parts[answer.id] for answer in answers][1:] == ["excluded", "transfer"]
+
+
+def test_ordinary_prompts_follow_their_file(make_answer: MakeAnswer) -> None:
+    answers = [
+        make_answer("x", f"Tell {split}", (), id=f"p/ordinary/{split}/0", split=split)
+        for split in ("fit", "held_out", "test")
+    ]
+    assert list(assign(answers, transfer=frozenset(), seed=0)[1].values()) == [
+        "fit", "calibrate", "test",
+    ]  # fmt: skip
+    with pytest.raises(RecordError, match="nowhere"):
+        assign([make_answer("x", "T", (), split="nowhere")], transfer=frozenset(), seed=0)
