@@ -43,6 +43,11 @@ class BatchCache(Cache):
     def rows(self) -> int:
         return len(self.first)
 
+    @property
+    def paddings(self) -> list[int]:
+        """How many columns of each row, from `start` on, are padding."""
+        return [first - self.start for first in self.first]
+
     def length(self, row: int) -> int:
         """How many tokens of `row` are stored."""
         return max(0, self.end - self.first[row])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from probes.tap import Meter
+from server.engines.attention import padded
 from server.engines.base import Contribution
 from server.engines.cache import BatchCache
 
@@ -69,13 +70,14 @@ class Forward:
             inputs["logits_to_keep"] = 1
         if self._meter is not None:
             self._meter.begin([(tap.probe or 0, tap.alpha) for tap in taps])
-        logits = self._model(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            **inputs,
-        ).logits
+        with padded(cache.paddings):
+            logits = self._model(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+                **inputs,
+            ).logits
         cache.close(tokens)
         self.seconds_total += time.perf_counter() - started
         last: Tensor = logits[:, -1]

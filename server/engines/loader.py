@@ -20,7 +20,7 @@ from probes.fingerprint import chat_template_sha256, identity, match, tokenizer_
 from probes.neurons import find_ffns
 from probes.probe import Probe
 from probes.tap import Meter
-from server.engines.attention import use_grouped_attention
+from server.engines.attention import use_batch_attention
 from server.engines.base import EngineCard
 from server.engines.transformers import TransformersEngine
 
@@ -126,7 +126,7 @@ def _load_model(model_path: Path | str, revision: str | None, dtype: str | None)
         )
     _refuse_other_caches(model)
     model.requires_grad_(False)
-    use_grouped_attention(model)
+    use_batch_attention(model)
     model.train(False)
     return model
 
