@@ -3,12 +3,18 @@
 import { el } from "./dom.js";
 import { brief, percent } from "./words.js";
 
+// Tokens and whole answers are judged by separate operating points, each with its own default.
+const LEVELS = {
+  token: { legend: "Flag tokens at a false-positive rate of", nouns: "hallucinated tokens" },
+  response: { legend: "Flag answers at a false-positive rate of", nouns: "wrong answers" },
+};
+
 export class ProbePanel {
   #body;
   #onRule;
   #probes = [];
   #probe = null;
-  #point = null; // name of the chosen operating point
+  #points = {}; // the chosen operating point of each level
 
   constructor(body, onRule) {
     this.#body = body;
@@ -28,17 +34,14 @@ export class ProbePanel {
   /** The chosen operating point of tokens and of responses; null without a probe. */
   get rule() {
     if (!this.#probe) return null;
-    const { token, response } = this.#probe.thresholds;
-    return {
-      probe: this.#probe.id,
-      token: pick(token, this.#point),
-      response: pick(response, this.#point),
-    };
+    return { probe: this.#probe.id, ...this.#points };
   }
 
   #choose(probe) {
     this.#probe = probe;
-    this.#point = probe?.thresholds.token.default ?? null;
+    for (const level of Object.keys(LEVELS)) {
+      if (probe) this.#points[level] = defaultPoint(probe.thresholds[level]);
+    }
     this.#body.replaceChildren(...(probe ? this.#describe(probe) : [nothing()]));
     this.#onRule(this.rule);
   }
@@ -52,7 +55,7 @@ export class ProbePanel {
         { class: "hint" },
         `Reads ${probe.neurons} neurons in ${probe.layers} layers, ${probe.h_neurons} of them H-neurons, when a token is ${probe.position}.`,
       ),
-      this.#points(probe),
+      ...Object.keys(LEVELS).map((level) => this.#segments(probe, level)),
       el("h3", {}, "Not good for"),
       el("ul", {}, ...probe.not_good_for.map((sentence) => el("li", {}, sentence))),
       evaluation(probe.evaluation),
@@ -70,44 +73,37 @@ export class ProbePanel {
     return el("label", {}, "Probe ", select);
   }
 
-  /** Operating points as radio buttons: the share of faithful tokens flagged by mistake. */
-  #points(probe) {
-    const { token } = probe.thresholds;
+  /** Operating points as radio buttons: what may be flagged by mistake, and what is found. */
+  #segments(probe, level) {
+    const { legend, nouns } = LEVELS[level];
     const cost = el("p", { class: "hint", "aria-live": "polite" });
     const tell = () => {
-      const { threshold, recall } = this.rule.token;
-      cost.textContent = `Flags tokens from risk ${brief(threshold)} up; finds ${percent(recall)} of the hallucinated tokens of held-out data.`;
+      const { threshold, recall } = this.#points[level];
+      const found = `finds ${percent(recall)} of the ${nouns} in held-out data`;
+      cost.textContent = `From risk ${brief(threshold)} up; ${found}.`;
     };
-    const choices = token.operating_points.map(({ name, false_positive_rate: rate }) => {
+    const choices = probe.thresholds[level].operating_points.map((point) => {
       const radio = el("input", {
         type: "radio",
-        name: "point",
-        value: name,
-        checked: name === this.#point,
+        name: `${level}-point`,
+        value: point.name,
+        checked: point === this.#points[level],
       });
       radio.addEventListener("change", () => {
-        this.#point = name;
+        this.#points[level] = point;
         tell();
         this.#onRule(this.rule);
       });
-      return el("label", {}, radio, el("span", {}, percent(rate)));
+      return el("label", {}, radio, el("span", {}, percent(point.false_positive_rate)));
     });
     tell();
-    return el(
-      "fieldset",
-      { class: "points" },
-      el("legend", {}, "Flag at a false-positive rate of"),
-      el("div", { class: "segments" }, ...choices),
-      cost,
-    );
+    const row = el("div", { class: "segments" }, ...choices);
+    return el("fieldset", {}, el("legend", {}, legend), row, cost);
   }
 }
 
-function pick(rule, name) {
-  return (
-    rule.operating_points.find((point) => point.name === name) ??
-    rule.operating_points.find((point) => point.name === rule.default)
-  );
+function defaultPoint(rule) {
+  return rule.operating_points.find(({ name }) => name === rule.default);
 }
 
 function nothing() {

@@ -237,21 +237,23 @@ def test_another_operating_point_changes_flags_and_not_numbers(fake: str, visit:
     page = visit(fake)
     ask(page, "In 1648")
     before = tokens(page)
-    points = httpx.get(f"{fake}v1/probes").json()["data"][0]["thresholds"]["token"]
+    points = httpx.get(f"{fake}v1/probes").json()["data"][0]["thresholds"]
     requests: list[str] = []
     page.on("request", lambda request: requests.append(request.url))
-    for radio in page.get_by_role("radio").all():
-        radio.check(force=True)
-        threshold = next(
-            point["threshold"]
-            for point in points["operating_points"]
-            if point["name"] == radio.get_attribute("value")
-        )
+    tokens_at = page.get_by_role("group", name="Flag tokens")
+    answers_at = page.get_by_role("group", name="Flag answers")
+    for point in points["token"]["operating_points"]:
+        tokens_at.locator(f"[value={point['name']}]").check(force=True)
         after = tokens(page)
         assert [token["entry"] for token in after] == [token["entry"] for token in before]
         for token in after:
-            assert (token["level"] == "flagged") == (token["entry"]["risk"] >= threshold)
-    assert page.get_by_role("radio").count() == 3
+            assert (token["level"] == "flagged") == (token["entry"]["risk"] >= point["threshold"])
+    score = served(fake, "In 1648")["risk"]["score"]
+    for point in points["response"]["operating_points"]:
+        answers_at.locator(f"[value={point['name']}]").check(force=True)
+        verdict = "Flagged" if score >= point["threshold"] else "Not flagged"
+        expect(page.locator(".verdict")).to_have_text(verdict)
+    assert page.get_by_role("radio").count() == 6
     assert requests == []
 
 
@@ -260,7 +262,8 @@ def test_an_operating_point_can_be_chosen_while_an_answer_streams(fake: str, vis
     page = visit(fake)
     send(page, "[slow:40]It was signed in 1648")
     expect(page.locator(".token").nth(2)).to_be_visible()
-    page.get_by_role("radio", name="10 %").check(force=True)
+    answers_at = page.get_by_role("group", name="Flag answers")
+    answers_at.get_by_role("radio", name="10 %").check(force=True)
     expect(page.locator(".state")).to_have_text("writing")
     expect(page.locator(".response")).to_contain_text("known when the answer is complete")
     expect(page.locator("#announcer")).to_contain_text("threshold 0.30")
