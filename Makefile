@@ -2,7 +2,6 @@ PYTHON ?= python3
 PORT   ?= 8000
 MODEL  ?= demo
 BIN    := .venv/bin
-
 .PHONY: help sync check fix test serve bench probe lock
 help:   ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile
@@ -12,7 +11,8 @@ check: sync ## format, lint, types, import contracts; writes nothing
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-fix: sync ## format and repair what ruff can
+fix: sync ## format, repair what ruff can, write the README's tree and figures
+	$(BIN)/python docs/readme.py
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 test: sync ## every test; the playground's need Debian's chromium

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import pkgutil
 import re
@@ -10,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -92,27 +92,17 @@ def test_every_decision_is_in_the_list() -> None:
     assert listed == {path.name for path in folder.glob("*.md")} - {"README.md"}
 
 
-def test_the_readme_prints_the_tree_as_it_is() -> None:
-    """The tree is the diagram: a file that it lacks, or describes wrongly, makes a wrong map."""
-    listing = subprocess.run(
-        ["git", "ls-files", "probes", "server", "offline"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    modules = [path for name in listing.stdout.split() if (path := ROOT / name).suffix == ".py"]
-    lines: list[str] = []
-    for folder in sorted({path.parent for path in modules}):
-        lines.append(f"{folder.relative_to(ROOT)}/")
-        for path in sorted(folder.glob("*.py")):
-            if path in modules and path.name != "__init__.py":
-                document = ast.get_docstring(ast.parse(path.read_text())) or ""
-                first = " ".join(document.partition("\n\n")[0].split())
-                lines.append(f"  {path.name:<20} {first}")
-    tree = "\n".join(lines)
-    printed = next(block for block in blocks(ROOT / "README.md", "text") if "cett.py" in block)
-    assert printed.rstrip("\n") == tree, f"README.md should hold this tree:\n{tree}"
+def test_tree_and_figures_of_the_readme_are_those_of_the_repository() -> None:
+    """A map that lacks a file, or a figure of last month's probe: `make fix` writes both anew."""
+    specification = spec_from_file_location("readme", ROOT / "docs" / "readme.py")
+    assert specification is not None
+    assert specification.loader is not None
+    readme = module_from_spec(specification)
+    specification.loader.exec_module(readme)
+    text = (ROOT / "README.md").read_text()
+    assert readme.render(text) == text
+    assert "cett.py " in text
+    assert "the probe |" in text
 
 
 def test_every_name_of_the_architecture_exists() -> None:
