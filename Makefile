@@ -2,6 +2,9 @@ PYTHON ?= python3
 PORT   ?= 8000
 MODEL  ?= demo
 BIN    := .venv/bin
+DATA   ?= ../shared/data
+QUESTIONS := wikidata_completions.jsonl:complete:60 wikidata_completions.jsonl:ask:20:60 \
+  triviaqa_train.jsonl:answer_only:700 triviaqa_train.jsonl:ask:200:700 nq_open_dev.jsonl:answer_only:600
 .PHONY: help sync check fix test serve bench probe lock
 help:   ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile
@@ -22,17 +25,15 @@ serve: sync ## serve $MODEL (the demo model) on 127.0.0.1:$PORT
 	$(BIN)/python -m server $(MODEL) --port $(PORT)
 bench: sync ## what the meter costs
 	$(BIN)/python benchmarks/overhead.py
-probe: sync ## train the shipped probe again, from collecting to publishing
-	$(BIN)/python -m offline train
+probe: sync ## train the shipped probe again from the question files in $DATA; hours
+	$(BIN)/python -m offline train "$$($(BIN)/python -m server.demo_model)" --out runs/demo \
+	  --name smollm2-135m-instruct --transfer nq_open_dev $(QUESTIONS:%=--questions $(DATA)/%) \
+	  --questions offline/data/ordinary_prompts.jsonl:ordinary
 lock: sync ## resolve requirements/lock.txt again; versions in it stay where they can
-	$(BIN)/uv pip compile -q --universal --generate-hashes --python-version 3.11 --all-extras \
-	  --annotation-style line --custom-compile-command "make lock" --no-emit-package torch \
-	  --override requirements/overrides.txt -c requirements/torch.txt \
+	$(BIN)/uv pip compile -q -c requirements/torch.txt --override requirements/overrides.txt \
 	  -o requirements/lock.txt pyproject.toml requirements/build.in
-
 .venv/synced: pyproject.toml requirements/lock.txt requirements/torch.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer: make PYTHON=...")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "set PYTHON to 3.11 or newer")' && $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --require-hashes --no-deps -r requirements/lock.txt
 	$(BIN)/pip install -q -r requirements/torch.txt
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
