@@ -287,8 +287,9 @@ def documented(whole: type[BaseModel], *, chunk: type[BaseModel] | None = None) 
     """`responses=` of a route: its answer, its events, its errors."""
     responses: Responses = {"200": {"model": whole, "description": "The answer."}, **_ERRORS}
     if chunk is not None:
-        responses["200"]["description"] = (
-            f"The answer; with `stream: true` events, each a {chunk.__name__}, then [DONE]."
-        )
-        responses["200"]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        data = {"type": "string", "description": f"A {chunk.__name__} as JSON, or [DONE]."}
+        event = {"type": "object", "required": ["data"], "properties": {"data": data}}
+        responses["200"]["description"] = "The answer; with `stream: true` as events."
+        # Before OpenAPI 3.2 the schema of an event stream is that of one event.
+        responses["200"]["content"] = {"text/event-stream": {"schema": event}}
     return responses
