@@ -30,8 +30,7 @@ probe: sync ## train the shipped probe again from the question files in $DATA; h
 	  --name smollm2-135m-instruct --transfer nq_open_dev $(QUESTIONS:%=--questions $(DATA)/%) \
 	  --questions offline/data/ordinary_prompts.jsonl:ordinary
 lock: sync ## resolve requirements/lock.txt again; versions in it stay where they can
-	$(BIN)/uv pip compile -q -c requirements/torch.txt --override requirements/overrides.txt \
-	  -o requirements/lock.txt pyproject.toml requirements/build.in
+	$(BIN)/uv pip compile -q -c requirements/torch.txt --override requirements/overrides.txt -o requirements/lock.txt pyproject.toml requirements/build.in
 .venv/synced: pyproject.toml requirements/lock.txt requirements/torch.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "set PYTHON to 3.11 or newer")' && $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --require-hashes --no-deps -r requirements/lock.txt
