@@ -215,7 +215,7 @@ def publish(
         evaluation=Evaluation.load(out / "evaluation.json"),
         data=data,
         loaded=load_model(model, revision=revision, tokenizer=tokenizer),
-        training=verb.training_facts(out, result, data, command=shlex.join(sys.argv)),
+        training=verb.training_facts(out, result, data, command=_command()),
     )
 
 
@@ -252,6 +252,12 @@ def train(
     fit(out, transfer, solver, max_neurons, seed)
     evaluate(out)
     publish(model, out, name, revision, to)
+
+
+def _command() -> str:
+    """The command line as typed, without the folders of this machine."""
+    typed = (Path(word).name if word.startswith("/") else word for word in sys.argv[1:])
+    return f"python -m offline {shlex.join(typed)}"
 
 
 def main() -> None:

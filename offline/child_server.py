@@ -30,10 +30,10 @@ class ChildServerError(HNeuronsError):
 
 
 @contextmanager
-def child_server(model: str, *, in_flight: int) -> Iterator[str]:
-    """Serve `model` without a probe on a free loopback port; yields the base URL."""
+def child_server(model: str, *, in_flight: int, probe: str = "none") -> Iterator[str]:
+    """Serve `model` on a free loopback port; yields the base URL."""
     port = _free_port()
-    command = [sys.executable, "-m", "server", model, "--probe", "none", "--port", str(port)]
+    command = [sys.executable, "-m", "server", model, "--probe", probe, "--port", str(port)]
     command += ["--max-num-seqs", str(in_flight), "--drain-delay", "0", "--no-playground"]
     with tempfile.TemporaryFile("w+") as output:
         log.info("starting %s", " ".join(command[1:]))

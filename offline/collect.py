@@ -25,6 +25,7 @@ from probes.errors import HNeuronsError
 log = logging.getLogger(__name__)
 
 REQUEST_SECONDS = 300.0
+TRANSIENT = (408, 429, 502, 503, 504)  # a slow line, a full queue, a restart
 RETRIES = 8  # of one request; an overloaded server says how long to wait, a lost one doubles it
 
 
@@ -180,7 +181,7 @@ async def _ask(
 
 
 async def _post(client: httpx.AsyncClient, body: dict[str, object], name: str) -> httpx.Response:
-    """One chat completion; waits as told on 429 and 503, doubles its own wait on a lost line."""
+    """One chat completion; a transient refusal is tried again when the server says, or later."""
     said = ""
     for attempt in range(RETRIES):
         try:
@@ -191,7 +192,7 @@ async def _post(client: httpx.AsyncClient, body: dict[str, object], name: str) -
             if response.is_success:
                 return response
             said = f"{response.status_code} {response.text[:300]}"
-            if response.status_code not in (429, 503):
+            if response.status_code not in TRANSIENT:
                 break
             told = response.headers.get("retry-after", "")
             wait = float(told) if told.isdecimal() else min(30.0, 0.5 * 2**attempt)

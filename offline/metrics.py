@@ -108,7 +108,6 @@ def with_interval(
     score: Floats,
     units: Sequence[str],
     *,
-    resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Figure:
     """`metric` with its bootstrap interval (2.5 and 97.5 %), whole units drawn with replacement."""
@@ -119,7 +118,7 @@ def with_interval(
     random = np.random.default_rng(seed)
     n_units = int(unit.max()) + 1
     drawn = []
-    for _ in range(resamples):
+    for _ in range(RESAMPLES):
         counts = np.bincount(random.integers(n_units, size=n_units), minlength=n_units)
         drawn.append(metric(positive, score, counts[unit].astype(np.float64)))
     finite = np.array(drawn)[np.isfinite(drawn)]

@@ -126,6 +126,9 @@ def training_facts(run: Path, result: FitResult, data: Dataset, *, command: str)
         "answers_sha256": sha256(run / "answers.jsonl"),
         "labels_sha256": sha256(run / "labels.jsonl"),
     }
+    units = data.unit[data.first[data.answered("test")]].tolist()
+    relations = sorted({unit for unit in units if "/" in unit})  # a question has lost its "/"
+    facts["relations of the test part"] = "; ".join(relations)
     for part in (*SHARES, "transfer"):
         answered = data.answered(part)
         wrong = int(data.hallucinated(answered).sum())
