@@ -18,7 +18,7 @@ from server.settings import read_settings
 
 EXIT_REFUSED = 1
 EXIT_PROBE = 3
-SECONDS_FOR_THREADS = 5.0
+SECONDS_FOR_THREADS = 1.0
 
 
 def main() -> None:

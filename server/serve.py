@@ -29,7 +29,7 @@ from server.service import Service
 from server.settings import BadSettingsError, Settings
 from server.startup import find_key_hashes, find_model, find_probes, load_engine, make_service
 
-SECONDS_TO_CLOSE = 5.0
+SECONDS_TO_CLOSE = 2.0  # one forward pass on a busy CPU may take longer: it is given up
 
 log = logging.getLogger(__name__)
 
