@@ -88,11 +88,15 @@ def collect(
         sampling=sampling,
         libraries=versions(),
     )
+    path = out / "answers.jsonl"
+    asks = verb.missing(asked, path, header=header, samples=samples)
+    if not asks:
+        return
     with nullcontext(base_url) if base_url else child_server(model, in_flight=in_flight) as url:
         asyncio.run(
             verb.collect(
-                asked,
-                out / "answers.jsonl",
+                asks,
+                path,
                 base_url=url,
                 header=header,
                 sampling=sampling,

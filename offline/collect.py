@@ -13,6 +13,7 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import msgspec
@@ -44,6 +45,13 @@ class Sampling:
     seed: int = 0
 
 
+class Ask(NamedTuple):
+    """One request."""
+
+    question: Question
+    sample: int
+
+
 class _Choice(msgspec.Struct, frozen=True):
     message: dict[str, object]
     finish_reason: str
@@ -57,8 +65,22 @@ class _Reply(msgspec.Struct, frozen=True):
     prompt_token_ids: tuple[int, ...] = ()
 
 
+def missing(
+    questions: Sequence[Question], path: Path, *, header: Header, samples: int
+) -> list[Ask]:
+    """What is to be asked that `path` does not hold yet; repairs the tail of a killed run."""
+    with Appender(path, header):
+        done = {answer.id for answer in read_records(path, Answer)[1]}
+    return [
+        Ask(question, sample)
+        for question in questions
+        for sample in range(samples)
+        if f"{question.id}/{sample}" not in done
+    ]
+
+
 async def collect(
-    questions: Sequence[Question],
+    asks: Sequence[Ask],
     path: Path,
     *,
     base_url: str,
@@ -66,21 +88,14 @@ async def collect(
     sampling: Sampling,
     in_flight: int,
     api_key: str | None = None,
-) -> int:
-    """Ask what `path` does not hold yet; returns how many answers were added.
+) -> None:
+    """Append an answer to `path` for each of `asks`, in the order in which they come.
 
     CollectError on the first request that fails for good; what was answered before stays.
     """
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    limits = httpx.Limits(max_connections=in_flight, max_keepalive_connections=in_flight)
     with Appender(path, header) as out:
-        done = {answer.id for answer in read_records(path, Answer)[1]}
-        asks = [
-            (question, sample)
-            for question in questions
-            for sample in range(sampling.samples)
-            if f"{question.id}/{sample}" not in done
-        ]
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        limits = httpx.Limits(max_connections=in_flight, max_keepalive_connections=in_flight)
         async with httpx.AsyncClient(
             base_url=base_url, headers=headers, limits=limits, timeout=REQUEST_SECONDS
         ) as client:
@@ -89,7 +104,6 @@ async def collect(
                 async for answer in _answers(client, model, asks, sampling, in_flight):
                     out.append(answer)
                     bar.update()
-    return len(asks)
 
 
 def answers_header(
@@ -114,7 +128,7 @@ def answers_header(
 async def _answers(
     client: httpx.AsyncClient,
     model: str,
-    asks: Sequence[tuple[Question, int]],
+    asks: Sequence[Ask],
     sampling: Sampling,
     in_flight: int,
 ) -> AsyncIterator[Answer]:

@@ -181,6 +181,7 @@ def test_the_card_says_what_was_measured_and_what_not(run: Path) -> None:
 def test_collecting_again_asks_nothing_and_changes_nothing(
     run: Path, tiny_model: Path, questions: tuple[Path, Path]
 ) -> None:
+    """Nor does it start a server for nothing."""
     before = (run / "answers.jsonl").read_bytes()
     result = CliRunner().invoke(
         app,

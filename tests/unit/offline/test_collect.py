@@ -1,0 +1,229 @@
+"""Collecting over HTTP: from a scripted server on a loopback port, refusals and all."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offline.child_server import ChildServerError, child_server
+from offline.collect import Ask, CollectError, Sampling, answers_header, collect, missing
+from offline.questions import Question
+from offline.records import Answer, Header, read_records
+
+Reply = tuple[int, dict[str, str], dict[str, Any]]
+
+
+class ScriptedServer:
+    """Answers every question; `refuse(body, attempt)` may say something else first."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.attempts: Counter[str] = Counter()
+        self.open_now = 0
+        self.most_open = 0
+        self.refuse: Callable[[dict[str, Any], int], Reply | None] = lambda body, attempt: None
+        self.gate = threading.Lock()
+        self.url = ""
+
+    def answer(self, body: dict[str, Any]) -> Reply:
+        prompt = body["messages"][0]["content"]
+        with self.gate:
+            self.bodies.append(body)
+            self.attempts[prompt] += 1
+            attempt = self.attempts[prompt]
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": f"It is {body['seed']}."},
+            "finish_reason": "stop",
+            "token_ids": [5, 6, 2],
+        }
+        return self.refuse(body, attempt) or (
+            200, {}, {"id": "x", "prompt_token_ids": [1, 2, 3], "choices": [choice]}
+        )  # fmt: skip
+
+
+@pytest.fixture
+def scripted() -> Iterator[ScriptedServer]:
+    script = ScriptedServer()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._send(200, {}, {"object": "list", "data": [{"id": "served-name"}]})
+
+        def do_POST(self) -> None:
+            with script.gate:
+                script.open_now += 1
+                script.most_open = max(script.most_open, script.open_now)
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            reply = script.answer(body)
+            with script.gate:
+                script.open_now -= 1
+            self._send(*reply)
+
+        def _send(self, status: int, headers: dict[str, str], body: dict[str, Any]) -> None:
+            content = json.dumps(body).encode()
+            self.send_response(status)
+            for name, value in {**headers, "content-length": str(len(content))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+    server = Server(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    script.url = f"http://127.0.0.1:{server.server_address[1]}"
+    yield script
+    server.shutdown()
+    server.server_close()
+
+
+def _questions(n: int) -> list[Question]:
+    return [
+        Question(
+            id=f"set/ask/q{i}", source="set", style="ask", group="g", question=f"Q{i}?",
+            prompt=f"Q{i}?", gold=("x",), split="", max_tokens=24,
+        )
+        for i in range(n)
+    ]  # fmt: skip
+
+
+def _header(sampling: Sampling) -> Header:
+    return answers_header(
+        "m", tokenizer_sha256="t", chat_template_sha256="c", sampling=sampling, libraries={}
+    )
+
+
+async def _collect(
+    server: ScriptedServer,
+    path: Path,
+    questions: list[Question],
+    *,
+    sampling: Sampling | None = None,
+    in_flight: int = 4,
+) -> int:
+    """Ask what is missing; returns how many answers that were."""
+    sampling = sampling or Sampling()
+    header = _header(sampling)
+    asks = missing(questions, path, header=header, samples=sampling.samples)
+    await collect(
+        asks, path, base_url=server.url, header=header, sampling=sampling, in_flight=in_flight
+    )
+    return len(asks)
+
+
+async def test_ids_and_text_are_kept_as_the_server_gave_them(
+    scripted: ScriptedServer, tmp_path: Path
+) -> None:
+    """Trap 7: ids that are made again from the text are others; they are asked for and kept."""
+    assert await _collect(scripted, tmp_path / "a.jsonl", _questions(1)) == 1
+    _, (answer,) = read_records(tmp_path / "a.jsonl", Answer)
+    assert (answer.prompt_token_ids, answer.token_ids) == ((1, 2, 3), (5, 6, 2))
+    assert answer.text.startswith("It is ")
+    body = scripted.bodies[0]
+    assert body["return_token_ids"] is True
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("served-name", 0.0, 24)
+
+
+async def test_a_second_run_asks_only_what_is_missing(
+    scripted: ScriptedServer, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    await _collect(scripted, path, _questions(5))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-30])  # killed while it wrote the last line
+    assert await _collect(scripted, path, _questions(8)) == 4
+    answers = read_records(path, Answer)[1]
+    assert sorted(answer.id for answer in answers) == sorted(f"set/ask/q{i}/0" for i in range(8))
+
+
+async def test_samples_of_a_question_have_seeds_of_their_own_that_do_not_depend_on_order(
+    scripted: ScriptedServer, tmp_path: Path
+) -> None:
+    """Ten samples with one seed are one sample; a resumed run must draw what a whole one draws."""
+    sampling = Sampling(samples=3, temperature=1.0, top_p=0.9, top_k=50)
+    await _collect(scripted, tmp_path / "a.jsonl", _questions(3), sampling=sampling)
+    await _collect(scripted, tmp_path / "b.jsonl", _questions(3)[::-1], sampling=sampling)
+    first, second = (
+        {a.id: a.text for a in read_records(tmp_path / name, Answer)[1]}
+        for name in ("a.jsonl", "b.jsonl")
+    )
+    assert first == second
+    assert len(set(first.values())) == 9
+    assert all((b["top_p"], b["top_k"]) == (0.9, 50) for b in scripted.bodies)
+
+
+async def test_no_more_requests_are_open_than_allowed(
+    scripted: ScriptedServer, tmp_path: Path
+) -> None:
+    await _collect(scripted, tmp_path / "a.jsonl", _questions(40), in_flight=3)
+    assert 1 <= scripted.most_open <= 3
+
+
+async def test_a_full_queue_is_waited_for_as_the_server_says(
+    scripted: ScriptedServer, tmp_path: Path
+) -> None:
+    def refuse(body: dict[str, Any], attempt: int) -> Reply | None:
+        return (429, {"retry-after": "0"}, {"error": {"message": "full"}}) if attempt < 3 else None
+
+    scripted.refuse = refuse
+    assert await _collect(scripted, tmp_path / "a.jsonl", _questions(6)) == 6
+    assert set(scripted.attempts.values()) == {3}
+
+
+async def test_a_refusal_for_good_names_the_question_and_keeps_what_was_answered(
+    scripted: ScriptedServer, tmp_path: Path
+) -> None:
+    def refuse(body: dict[str, Any], attempt: int) -> Reply | None:
+        bad = body["messages"][0]["content"] == "Q3?"
+        return (400, {}, {"error": {"message": "too long"}}) if bad else None
+
+    scripted.refuse = refuse
+    with pytest.raises(CollectError, match=r"set/ask/q3.*too long"):
+        await _collect(scripted, tmp_path / "a.jsonl", _questions(6), in_flight=1)
+    assert len(read_records(tmp_path / "a.jsonl", Answer)[1]) == 3
+    assert scripted.attempts["Q3?"] == 1
+
+
+async def test_a_server_without_token_ids_is_refused(
+    scripted: ScriptedServer, tmp_path: Path
+) -> None:
+    """Trap 7: going on without ids would mean to guess them."""
+    choice = {"index": 0, "message": {"content": "x"}, "finish_reason": "stop"}
+    scripted.refuse = lambda body, attempt: (200, {}, {"id": "x", "choices": [choice]})
+    with pytest.raises(CollectError, match="return_token_ids"):
+        await _collect(scripted, tmp_path / "a.jsonl", _questions(1))
+
+
+async def test_what_is_no_openai_server_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CollectError, match="no OpenAI-compatible server"):
+        await collect(
+            [Ask(_questions(1)[0], 0)],
+            tmp_path / "a.jsonl",
+            base_url="http://127.0.0.1:9",
+            header=_header(Sampling()),
+            sampling=Sampling(),
+            in_flight=1,
+        )
+
+
+def test_a_server_that_does_not_come_up_says_why(tmp_path: Path) -> None:
+    """A child that dies at start must not be waited for, and its own words are the reason."""
+    with (
+        pytest.raises(ChildServerError, match="no-such-model"),
+        child_server(str(tmp_path / "no-such-model"), in_flight=1),
+    ):
+        pytest.fail("it came up")
