@@ -146,11 +146,14 @@ class _Run:
     def record(self) -> dict[str, object]:
         """For the log line: counts and words, never text."""
         plan = self._orders[0].plan
+        endings = [ending for _, ending in sorted(self._endings.items())]
         return {
             "prompt_tokens": self._prompt_tokens,
-            "completion_tokens": sum(e.completion_tokens for e in self._endings.values()),
-            "finish_reasons": [e.finish_reason for _, e in sorted(self._endings.items())],
+            "completion_tokens": sum(e.completion_tokens for e in endings),
+            "finish_reasons": [e.finish_reason for e in endings],
             "probe": plan.probe.id if plan is not None else None,
+            "alpha": plan.alpha if plan is not None else None,
+            "flagged": [e.risk.is_flagged if e.risk else None for e in endings],
         }
 
     async def _events(

@@ -81,7 +81,11 @@ async def score_text(body: ScoreTextRequest, request: Request) -> Response:
     service.metrics.response_monitored(risk, tokens)
     service.metrics.request_finished("risk", seconds=service.clock() - started)
     record_of(request).update(
-        prompt_tokens=len(given.prompt), scored_text_tokens=len(tokens), probe=plan.probe.id
+        prompt_tokens=len(given.prompt),
+        scored_text_tokens=len(tokens),
+        probe=plan.probe.id,
+        alpha=plan.alpha,
+        flagged=[risk.is_flagged],
     )
     document: dict[str, Any] = {
         "id": answer_id,
