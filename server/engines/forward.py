@@ -34,7 +34,7 @@ class Forward:
     def __init__(self, model: PreTrainedModel, meter: Meter | None) -> None:
         self._model = model
         self._meter = meter
-        self._device = model.device
+        self.device = model.device
         takes = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in takes
         self._keeps_logits = "logits_to_keep" in takes
@@ -52,7 +52,7 @@ class Forward:
         return self._meter.seconds_total if self._meter else 0.0
 
     def new_cache(self, first: Sequence[int] = ()) -> BatchCache:
-        return BatchCache(self.num_layers, first=first, device=self._device)
+        return BatchCache(self.num_layers, first=first, device=self.device)
 
     def __call__(
         self, token_ids: Sequence[Sequence[int]], cache: BatchCache, taps: Sequence[Tap]
@@ -62,7 +62,7 @@ class Forward:
         Returns `[rows, vocab]` logits of the last column, in the model's dtype.
         """
         started = time.perf_counter()
-        ids = torch.tensor(token_ids, device=self._device)
+        ids = torch.tensor(token_ids, device=self.device)
         tokens = ids.shape[1]
         mask, positions = cache.open(tokens)
         inputs: dict[str, object] = {"position_ids": positions} if self._takes_positions else {}

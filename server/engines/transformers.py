@@ -86,6 +86,11 @@ class TransformersEngine:
         return self._card
 
     @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self._forward.device
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self._tokenizer
 

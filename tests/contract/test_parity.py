@@ -30,7 +30,7 @@ IDS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id"
 OLD = {**IDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 NEW = {**OLD, "intermediate_size": 48, "max_position_embeddings": 512}
 GROUPS = {**NEW, "num_key_value_heads": 2}
-WINDOW = {"sliding_window": 16, "query_pre_attn_scalar": 8, "head_dim": 8}
+WINDOW = {"sliding_window": 16, "query_pre_attn_scalar": 16, "head_dim": 16}
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,12 @@ def reference_of(folder: Path, down: str, *, transposed: bool) -> Reference:
 
 
 def make_probe(identity: ModelIdentity, norms: Tensor, *, name: str, seed: int) -> Probe:
-    """40 random neurons whose logits spread by about 1 over the tokens of a tiny model."""
+    """40 random neurons whose logits spread by about one half over the tokens of a tiny model.
+
+    The limit in bfloat16 is absolute while its noise grows with the weights. Most families stay
+    under 1e-6; plain Gemma 3 differs from itself by 0.06 of a spread of 1 when its text is 6 tokens
+    longer, because the CPU's attention kernel then cuts its blocks elsewhere.
+    """
     generator = torch.Generator().manual_seed(seed)
     layers, width = norms.shape
     chosen = torch.randperm(layers * width, generator=generator)[:40].sort().values
@@ -180,7 +185,7 @@ def make_probe(identity: ModelIdentity, norms: Tensor, *, name: str, seed: int) 
         card,
         layer=layer.numpy(),
         neuron=neuron.numpy(),
-        weight=torch.randn(40, 2, generator=generator).numpy(),
+        weight=torch.randn(40, 2, generator=generator).numpy() / 2,
         column_norm=norms[layer, neuron].numpy(),
         bias=torch.randn(2, generator=generator).numpy(),
     )

@@ -1,0 +1,227 @@
+"""What monitoring costs, and what batching gains: tokens/s of the transformers engine.
+
+    python benchmarks/overhead.py [demo | FOLDER | HUB-ID] [--probe PATH] [--rounds 5] [--tokens 64]
+
+Three contestants take turns, so that a change of the machine's load hits them alike: the engine
+without a probe, the engine with one that reads every token, and the library's own padded
+`generate`. All write the same number of greedy tokens for the same prompts. Reported are medians
+over the rounds, and ratios as medians of each round's ratio. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from probes.calibration import OperatingPoint, Platt
+from probes.cett import FORMULA_VERSION, column_norms
+from probes.neurons import find_ffns
+from probes.probe import (
+    SCHEMA_VERSION,
+    ModelIdentity,
+    Probe,
+    ProbeCard,
+    ResponseRule,
+    TokenRule,
+)
+from probes.spans import Pooling
+from server.demo_model import ensure_demo_model
+from server.engines.base import GenerationRequest, Sampling
+from server.engines.loader import load_transformers_engine
+from server.engines.transformers import TransformersEngine
+
+BATCHES = (1, 16)
+NEURONS = 100
+
+
+def synthetic_probe(model: PreTrainedModel, identity: ModelIdentity) -> Probe:
+    """100 random neurons over all layers: reads as much as a fitted probe does."""
+    ffns = find_ffns(model)
+    generator = torch.Generator().manual_seed(0)
+    width = ffns[0].intermediate_size
+    chosen = torch.randperm(len(ffns) * width, generator=generator)[:NEURONS].sort().values
+    layer, neuron = chosen // width, chosen % width
+    norms = torch.stack([column_norms(f.weight.detach(), transposed=f.transposed) for f in ffns])
+    calibration = Platt(slope=1.0, intercept=0.0)
+    points = (OperatingPoint(name="half", threshold=0.5, false_positive_rate=0.1, recall=0.5),)
+    card = ProbeCard(
+        schema_version=SCHEMA_VERSION,
+        formula_version=FORMULA_VERSION,
+        name="benchmark",
+        position="read",
+        heads=("token",),
+        token=TokenRule(
+            head="token", calibration=calibration, operating_points=points, default="half"
+        ),
+        response=ResponseRule(
+            head="token",
+            pooling=Pooling(kind="max"),
+            calibration=calibration,
+            operating_points=points,
+            default="half",
+        ),
+        model=identity,
+        training={},
+        evaluation=(),
+        reliability=(),
+        not_good_for=("anything but this benchmark",),
+        libraries={},
+        created=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        tensors_sha256="",
+        known_answers=(),
+    )
+    return Probe.make(
+        card,
+        layer=layer.numpy(),
+        neuron=neuron.numpy(),
+        weight=torch.randn(NEURONS, 1, generator=generator).numpy(),
+        column_norm=norms[layer, neuron].numpy(),
+        bias=[0.0],
+    )
+
+
+def make_prompts(batch: int, vocab_size: int) -> list[list[int]]:
+    """Prompts of 24 to 39 tokens, different ones for every row."""
+    generator = torch.Generator().manual_seed(batch)
+    return [
+        torch.randint(3, vocab_size, (24 + row % 16,), generator=generator).tolist()
+        for row in range(batch)
+    ]
+
+
+def run_engine(engine: TransformersEngine, prompts: list[list[int]], tokens: int) -> float:
+    """Seconds until the last of the concurrent streams has ended."""
+    probe = engine.probes[0].card.name if engine.probes else None
+
+    async def stream(number: int, prompt: list[int]) -> None:
+        request = GenerationRequest(
+            request_id=str(number),
+            prompt_token_ids=tuple(prompt),
+            max_tokens=tokens,
+            sampling=Sampling(temperature=0.0, ignore_eos=True),
+            probe=probe,
+        )
+        async for _ in engine.generate(request):
+            pass
+
+    async def streams() -> None:
+        await asyncio.gather(*(stream(*entry) for entry in enumerate(prompts)))
+
+    started = time.perf_counter()
+    asyncio.run(streams())
+    return time.perf_counter() - started
+
+
+def run_generate(model: PreTrainedModel, prompts: list[list[int]], tokens: int) -> float:
+    """Seconds of one padded `generate` of the library."""
+    columns = max(map(len, prompts))
+    ids = torch.tensor([[0] * (columns - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (columns - len(p)) + [1] * len(p) for p in prompts])
+    started = time.perf_counter()
+    model.generate(  # type: ignore[operator]
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        do_sample=False,
+        min_new_tokens=tokens,
+        max_new_tokens=tokens,
+        pad_token_id=0,
+    )
+    return time.perf_counter() - started
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="`demo`, a model folder, or a hub id")] = "demo",
+    probe: Annotated[
+        Path | None, typer.Option(help="a fitted probe instead of 100 neurons")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    tokens: Annotated[int, typer.Option(min=2)] = 64,
+) -> None:
+    """Measure and print."""
+    path = ensure_demo_model() if model == "demo" else model
+    off = load_transformers_engine(path, model_id=model)
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map=off.device)
+    chosen = Probe.load(probe) if probe else synthetic_probe(plain, off.card.identity)
+    on = load_transformers_engine(path, model_id=model, probes=[chosen])
+
+    rates: dict[tuple[int, str], list[float]] = {}
+    for batch in BATCHES:
+        prompts = make_prompts(batch, off.card.vocab_size)
+        runs: dict[str, Callable[[int], float]] = {
+            "off": partial(run_engine, off, prompts),
+            "on": partial(run_engine, on, prompts),
+            "generate": partial(run_generate, plain, prompts),
+        }
+        for run in runs.values():
+            run(4)  # warm up
+        for turn in range(rounds):
+            order = list(runs) if turn % 2 == 0 else list(runs)[::-1]
+            for name in order:
+                seconds = runs[name](tokens)
+                rates.setdefault((batch, name), []).append(batch * tokens / seconds)
+    health = on.health()
+    for engine in (off, on):
+        asyncio.run(engine.aclose())
+
+    def ratio(batch: int, above: str, below: str) -> float:
+        pairs = zip(rates[batch, above], rates[batch, below], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+    head = ("streams", "off tok/s", "on tok/s", "overhead", "generate tok/s", "on/generate")
+    print("".join(f"{title:>15}" for title in head))
+    rows = []
+    for batch in BATCHES:
+        row = {
+            "streams": batch,
+            **{f"{k}_tokens_per_s": statistics.median(rates[batch, k]) for k in runs},
+            "overhead": 1 - ratio(batch, "on", "off"),
+            "on_versus_generate": ratio(batch, "on", "generate"),
+        }
+        rows.append(row)
+        print(
+            f"{batch:>15}{row['off_tokens_per_s']:>15.1f}{row['on_tokens_per_s']:>15.1f}"
+            f"{row['overhead']:>15.1%}{row['generate_tokens_per_s']:>15.1f}"
+            f"{row['on_versus_generate']:>15.2f}"
+        )
+    low, high = (statistics.median(rates[batch, "on"]) for batch in (BATCHES[0], BATCHES[-1]))
+    share = health.meter_seconds_total / health.forward_seconds_total
+    print(f"{BATCHES[-1]} streams write {high / low:.1f} times the tokens of one; the meter's own")
+    print(f"clocks say {share:.1%} of the forward passes; load average {os.getloadavg()[0]:.1f}")
+    result = {
+        "benchmark": "overhead",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "model": model,
+        "probe_neurons": len(chosen.layer),
+        "dtype": on.card.dtype,
+        "device": str(on.device),
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "torch": importlib.metadata.version("torch"),
+        "transformers": importlib.metadata.version("transformers"),
+        "rounds": rounds,
+        "tokens": tokens,
+        "meter_share_of_forward": share,
+        "gain_of_streams": high / low,
+        "results": rows,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    typer.run(main)
