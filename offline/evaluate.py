@@ -24,7 +24,7 @@ from offline.extract import Kind
 from offline.features import IntArray
 from offline.fit import TOKEN_KINDS, FitResult, mixture
 from offline.metrics import Bools, Floats, Metric
-from offline.records import Record, write_atomic
+from offline.records import Record, read_bytes, write_atomic
 from probes.calibration import OperatingPoint, calibrate
 from probes.probe import EvaluationRow, ReliabilityBin
 
@@ -59,7 +59,7 @@ class Evaluation(Record, frozen=True, kw_only=True):
 
     @classmethod
     def load(cls, path: Path) -> Evaluation:
-        return msgspec.json.decode(path.read_bytes(), type=cls)
+        return msgspec.json.decode(read_bytes(path), type=cls)
 
     def save(self, path: Path) -> None:
         write_atomic(path, msgspec.json.encode(self))

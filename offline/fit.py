@@ -22,7 +22,7 @@ from offline.dataset import Dataset
 from offline.extract import FeaturesHeader, Kind
 from offline.features import Features, FloatArray, IntArray
 from offline.metrics import Floats, rank
-from offline.records import Record, RecordError, write_atomic
+from offline.records import Record, RecordError, read_bytes, write_atomic
 from offline.splits import Part
 from probes.calibration import Calibration, OperatingPoint
 from probes.probe import fold_scaler
@@ -88,7 +88,7 @@ class FitResult(Record, frozen=True, kw_only=True):
 
     @classmethod
     def load(cls, path: Path) -> FitResult:
-        return msgspec.json.decode(path.read_bytes(), type=cls)
+        return msgspec.json.decode(read_bytes(path), type=cls)
 
     def save(self, path: Path) -> None:
         write_atomic(path, msgspec.json.encode(self))

@@ -47,10 +47,13 @@ def short_name(model: str) -> str:
 
 
 def load_tokenizer(model: str, *, revision: str | None) -> LoadedTokenizer:
-    """`model` is a folder or a hub id; no code of a repository is executed."""
+    """`model` is a folder or a hub id; no code of a repository is executed. ModelError if none."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision or "main")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision or "main")
+    except (OSError, ValueError) as exc:
+        raise ModelError(f"no tokenizer in {model!r}: {exc}") from exc
     return LoadedTokenizer(tokenizer, tokenizer_sha256(tokenizer), chat_template_sha256(tokenizer))
 
 

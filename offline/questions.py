@@ -135,7 +135,11 @@ def check_unique(questions: Sequence[Question]) -> None:
 def _read_rows(path: Path) -> list[Row]:
     rows: list[Row] = []
     seen: set[str] = set()
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    try:
+        body = path.read_bytes()
+    except OSError as exc:
+        raise RecordError(f"cannot read the questions: {exc}") from exc
+    for number, line in enumerate(body.split(b"\n"), start=1):
         if not line.strip():
             continue
         if len(line) > MAX_ROW_BYTES:

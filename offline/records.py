@@ -119,9 +119,17 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_bytes(path: Path) -> bytes:
+    """The file of an earlier verb; RecordError when that verb has not run."""
+    try:
+        return path.read_bytes()
+    except OSError as exc:
+        raise RecordError(f"{exc}; run the verb that writes {path.name} first") from exc
+
+
 def read_records(path: Path, kind: type[T]) -> tuple[Header, list[T]]:
     """Header and records of a finished file; a torn tail or a bad line is a RecordError."""
-    lines = path.read_bytes().split(b"\n")
+    lines = read_bytes(path).split(b"\n")
     if lines.pop():
         raise RecordError(f"{path} ends within a line; run the verb that writes it again")
     if not lines:

@@ -1,0 +1,96 @@
+"""The command line: verbs run alone, `train` says all that they can, errors are sentences."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from offline import __main__ as command
+from offline.extract import parse_dtype, parse_position
+from offline.fit import parse_solver
+from offline.records import RecordError
+from probes.errors import HNeuronsError
+
+VERBS = (
+    command.collect,
+    command.label,
+    command.extract,
+    command.fit,
+    command.evaluate,
+    command.publish,
+)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_train_has_every_option_of_every_verb_with_the_same_default(
+    verb: Callable[..., None],
+) -> None:
+    """Trap 11: a setting that one path has and the other has not is a second pipeline."""
+    whole = inspect.signature(command.train).parameters
+    for name, parameter in inspect.signature(verb).parameters.items():
+        assert whole[name].default == parameter.default
+
+
+@pytest.mark.parametrize("verb", [verb.__name__ for verb in (*VERBS, command.train)])
+def test_every_verb_explains_itself(verb: str) -> None:
+    result = CliRunner().invoke(command.app, [verb, "--help"])
+    assert result.exit_code == 0
+    assert "--out" in result.output
+
+
+def test_a_mistake_is_one_sentence_and_a_failing_exit(tmp_path: Path) -> None:
+    """A traceback tells a newcomer nothing; exit status 0 would tell a script a lie."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "offline", "collect", "m", "--out", str(tmp_path)),
+            *("--questions", f"{tmp_path}/none.jsonl:guess"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "'guess' is not one of" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("parse", "good", "bad"),
+    [
+        (parse_position, "write", "after"),
+        (parse_dtype, "float32", "int8"),
+        (parse_solver, "skglm", "saga"),
+    ],
+)
+def test_a_choice_is_checked_by_name(parse: Callable[[str], object], good: str, bad: str) -> None:
+    assert str(parse(good)).endswith(good)
+    with pytest.raises(RecordError, match=bad):
+        parse(bad)
+
+
+def test_a_missing_question_file_is_named(tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        command.app,
+        ["collect", "m", "--out", str(tmp_path), "--questions", f"{tmp_path}/none.jsonl:ask"],
+    )
+    assert result.exit_code == 1
+    assert isinstance(result.exception, RecordError)
+    assert "none.jsonl" in str(result.exception)
+
+
+def test_a_verb_without_its_input_says_what_is_missing(tmp_path: Path) -> None:
+    for arguments, word in (
+        (["fit", "--out", str(tmp_path)], "features"),
+        (["evaluate", "--out", str(tmp_path)], "fit.json"),
+        (["label", str(tmp_path / "model"), "--out", str(tmp_path)], "model"),
+    ):
+        result = CliRunner().invoke(command.app, arguments)
+        assert isinstance(result.exception, HNeuronsError), arguments
+        assert word in str(result.exception)
