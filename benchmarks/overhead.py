@@ -28,16 +28,10 @@ import typer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from probes.calibration import OperatingPoint, Platt
+from probes.card import SCHEMA_VERSION, ModelIdentity, ProbeCard, ResponseRule, TokenRule
 from probes.cett import FORMULA_VERSION, column_norms
 from probes.neurons import find_ffns
-from probes.probe import (
-    SCHEMA_VERSION,
-    ModelIdentity,
-    Probe,
-    ProbeCard,
-    ResponseRule,
-    TokenRule,
-)
+from probes.probe import Probe
 from probes.spans import Pooling
 from server.demo_model import ensure_demo_model
 from server.engines.base import GenerationRequest, Sampling

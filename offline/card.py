@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from probes.calibration import OperatingPoint
-from probes.probe import EvaluationRow, ProbeCard
+from probes.card import EvaluationRow, ProbeCard
 
 NOT_GOOD_FOR = (
     "It is no fact checker: it estimates from a few neurons whether the model makes an answer up. "

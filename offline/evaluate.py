@@ -26,7 +26,7 @@ from offline.fit import TOKEN_KINDS, FitResult, mixture
 from offline.metrics import Bools, Floats, Metric
 from offline.records import Record, read_bytes, write_atomic
 from probes.calibration import OperatingPoint, calibrate
-from probes.probe import EvaluationRow, ReliabilityBin
+from probes.card import EvaluationRow, ReliabilityBin
 
 log = logging.getLogger(__name__)
 

@@ -25,9 +25,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from offline.records import Answer, Label, Record, RecordError, write_atomic
+from probes.card import ModelIdentity
 from probes.cett import FORMULA_VERSION
 from probes.neurons import find_ffns
-from probes.probe import ModelIdentity
 from probes.tap import Recorder
 
 if TYPE_CHECKING:

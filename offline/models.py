@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from offline.records import Header, RecordError
+from probes.card import ModelIdentity
 from probes.errors import ModelError
 from probes.fingerprint import chat_template_sha256, identity, tokenizer_sha256
 from probes.neurons import find_ffns
-from probes.probe import ModelIdentity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -32,10 +32,11 @@ from offline.records import (
 )
 from offline.splits import SHARES
 from probes import known_answer
+from probes.card import SCHEMA_VERSION, ProbeCard, ResponseRule, TokenRule
 from probes.cett import FORMULA_VERSION
 from probes.fingerprint import match
 from probes.neurons import FFN, find_ffns
-from probes.probe import SCHEMA_VERSION, Probe, ProbeCard, ResponseRule, TokenRule
+from probes.probe import Probe
 from probes.tap import Meter
 
 if TYPE_CHECKING:

@@ -15,9 +15,10 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from probes.card import ModelIdentity
 from probes.errors import ModelError, ProbeMismatchError
 from probes.neurons import FFN, TextConfig, text_config
-from probes.probe import ModelIdentity, Probe
+from probes.probe import Probe
 
 # One rule for all sizes: a parameter of up to 2**20 elements counts whole, of a larger one 64
 # evenly spaced blocks of 2**14 elements do. Models of up to ~500M parameters are covered nearly

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from probes.card import KnownAnswer
 from probes.errors import KnownAnswerError
-from probes.probe import KnownAnswer, Probe
+from probes.probe import Probe
 
 # Largest accepted |logit - expected|. Batching and recomputation cost <= 6e-7 in float32 and
 # <= 7.2e-3 in bfloat16 (measured on risks of a tiny model); a missing attention mask costs 0.53.

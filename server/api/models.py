@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request
 
-from probes.probe import Probe, ResponseRule, TokenRule
+from probes.card import ResponseRule, TokenRule
+from probes.probe import Probe
 from server.api.answers import Model, ModelList, ProbeList, documented
 from server.api.errors import APIError
 from server.service import Service

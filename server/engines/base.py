@@ -17,7 +17,8 @@ from probes.errors import HNeuronsError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from probes.probe import ModelIdentity, Probe
+    from probes.card import ModelIdentity
+    from probes.probe import Probe
 
 
 class EngineError(HNeuronsError):

@@ -9,17 +9,17 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from probes.calibration import OperatingPoint, Platt
-from probes.cett import FORMULA_VERSION
-from probes.probe import (
+from probes.card import (
     SCHEMA_VERSION,
     EvaluationRow,
     KnownAnswer,
     ModelIdentity,
-    Probe,
     ProbeCard,
     ResponseRule,
     TokenRule,
 )
+from probes.cett import FORMULA_VERSION
+from probes.probe import Probe
 from probes.spans import Pooling
 
 # A token id below 256 is that byte; the rest are special tokens.

@@ -32,8 +32,8 @@ from offline.fit import (
 )
 from offline.records import Answer, Label, RecordError
 from probes.calibration import calibrate
+from probes.card import ModelIdentity
 from probes.cett import FORMULA_VERSION
-from probes.probe import ModelIdentity
 from probes.spans import Pooling
 
 MakeAnswer = Callable[..., Answer]

@@ -11,17 +11,11 @@ import transformers as hf
 from torch import nn
 
 from probes.calibration import OperatingPoint, Platt
+from probes.card import SCHEMA_VERSION, ModelIdentity, ProbeCard, ResponseRule, TokenRule
 from probes.cett import FORMULA_VERSION
 from probes.known_answer import build
 from probes.neurons import FFN, find_ffns
-from probes.probe import (
-    SCHEMA_VERSION,
-    ModelIdentity,
-    Probe,
-    ProbeCard,
-    ResponseRule,
-    TokenRule,
-)
+from probes.probe import Probe
 from probes.spans import Pooling
 
 VOCAB = 97

@@ -19,9 +19,10 @@ import torch
 
 import probes.probe
 from probes.calibration import Platt
+from probes.card import KnownAnswer, ProbeCard
 from probes.errors import ProbeError, ProbeFormatError
 from probes.files import MAX_BYTES
-from probes.probe import KnownAnswer, Probe, ProbeCard, fold_scaler
+from probes.probe import Probe, fold_scaler
 
 NAMES = ("layer", "neuron", "weight", "column_norm", "suppress", "bias")
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from probes.card import KnownAnswer
 from probes.errors import KnownAnswerError, ModelError
 from probes.known_answer import build
-from probes.probe import KnownAnswer, Probe
+from probes.probe import Probe
 from server import startup
 from server.engines.base import EngineDeadError, Reading, ScoreRequest
 from server.engines.fake import FakeEngine

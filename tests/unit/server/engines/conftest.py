@@ -15,8 +15,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from probes.calibration import OperatingPoint, Platt
+from probes.card import SCHEMA_VERSION, ModelIdentity, ProbeCard, ResponseRule, TokenRule
 from probes.cett import FORMULA_VERSION, column_norms
-from probes.probe import SCHEMA_VERSION, ModelIdentity, Probe, ProbeCard, ResponseRule, TokenRule
+from probes.probe import Probe
 from probes.spans import Pooling
 from server.engines.base import GenerationRequest, Sampling, Step
 from server.engines.loader import load_transformers_engine
