@@ -15,8 +15,11 @@ NOT_GOOD_FOR = (
     "given document were not measured.",
     "The labels come from matching answers with lists of accepted spellings. Where several answers "
     "are true the lists often know one, so some right answers were learned as wrong.",
-    "Half of the answers it was calibrated on are wrong. Where fewer are, the true rate behind a "
-    "risk is lower than the risk; use the false-positive rates of the operating points.",
+    "A risk is a probability for the mixture that it was calibrated on (see below), in which wrong "
+    "answers are frequent. Where they are rarer, the true rate behind a risk is lower; go by the "
+    "false-positive rates of the operating points.",
+    "The score of a whole response is weaker than the risks of its tokens: it is the worst run of "
+    "neighbouring tokens, whatever they claim. Compare its rows below with log-probability's.",
     "It belongs to exactly the weights, the tokenizer and the chat template that it names: "
     "fine-tunes, adapters and quantised copies need a probe of their own.",
     "Between domains it loses much of its edge; see the rows of sources it was not fitted on.",
@@ -49,7 +52,7 @@ def readme(card: ProbeCard, probe_id: str) -> str:
             *_points(card.token.operating_points, card.token.default),
             "",
             f"Of responses (pooling: {card.response.pooling.kind}, window "
-            f"{card.response.pooling.window}; false-positive rate among right answers):",
+            f"{card.response.pooling.window}; false-positive rate among right and ordinary ones):",
             "",
             *_points(card.response.operating_points, card.response.default),
             "",

@@ -22,7 +22,7 @@ from offline.baselines import question_words, token_detectors, whole_statistics
 from offline.dataset import Dataset
 from offline.extract import Kind
 from offline.features import IntArray
-from offline.fit import TOKEN_KINDS, FitResult, mixture
+from offline.fit import TOKEN_KINDS, FitResult, mixture, response_mixture
 from offline.metrics import Bools, Floats, Metric
 from offline.records import Record, read_bytes, write_atomic
 from probes.calibration import OperatingPoint, calibrate
@@ -136,13 +136,16 @@ def _responses(
     for name, score in scores.items():
         yield from _ranked(dataset, name, wrong, score, units)
     risk = calibrate(result.response, scores["probe"])
-    yield from _table(CALIBRATION, "response risk", "probe", wrong, risk, units)
     for name, of in (("wrong", wrong), ("right", ~wrong)):
         yield from _flagged(f"{name} responses", result.response_points, risk[of], units[of])
     long = data.ordinary("test")
     risk = calibrate(result.response, pool(detectors["probe"], long))
     units = data.unit[data.first[long]]
     yield from _flagged("ordinary long responses", result.response_points, risk, units)
+    mixed, wrong = response_mixture(data, "test")
+    risk = calibrate(result.response, pool(detectors["probe"], mixed))
+    units = data.unit[data.first[mixed]]
+    yield from _table(CALIBRATION, "response risk", "probe", wrong, risk, units)
 
 
 def _claims(
@@ -162,13 +165,13 @@ def _claims(
 
 def _reliability(data: Dataset, result: FitResult, logits: Floats) -> tuple[ReliabilityBin, ...]:
     rows = mixture(data, "test")
-    answers = data.judged(data.answered("test"))
+    answers, wrong = response_mixture(data, "test")
     pooling = result.settings.pooling
     pooled = np.array([pooling.pool(logits[data.rows_of(i)].tolist()) for i in answers])
     token, response = calibrate(result.token, logits[rows]), calibrate(result.response, pooled)
     return (
         *metrics.reliability_bins("token", token, data.features.kind[rows] == Kind.WRONG),
-        *metrics.reliability_bins("response", response, data.hallucinated(answers)),
+        *metrics.reliability_bins("response", response, wrong),
     )
 
 

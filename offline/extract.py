@@ -39,6 +39,7 @@ Position = Literal["read", "write"]
 
 TOKENS_PER_PASS = 2048
 ROWS_PER_SHARD = 2048
+SHARD_KEY = "shard"
 WHOLE = ("logprob_mean", "logprob_min", "logprob_sum", "entropy_mean", "entropy_max", "length")
 
 
@@ -53,13 +54,21 @@ class Kind(IntEnum):
 
 
 class FeaturesHeader(Record, frozen=True, kw_only=True):
-    """Stands in every shard's metadata; shards of one folder agree in it."""
+    """What the features are of; shards of one folder agree in it."""
 
     model: ModelIdentity
     formula_version: int
     position: Position
     labels_sha256: str
     residual_layers: tuple[int, ...]  # index into transformers' hidden_states, 0 = embeddings
+
+
+class ShardInfo(Record, frozen=True, kw_only=True):
+    """The metadata of a shard. One value under one key: safetensors writes several keys in an order
+    of its own, and a run that was killed must end byte-identical."""
+
+    header: FeaturesHeader
+    ids: tuple[str, ...]  # answers, as the rows' `answer` counts them
 
 
 @dataclass(frozen=True)
@@ -184,11 +193,8 @@ def _write_shard(
     tensors["kind"] = torch.tensor([row[2] for row in rows], dtype=torch.uint8)
     if len(rows) != len(tensors["cett"]):
         raise AssertionError(f"{path}: {len(tensors['cett'])} rows were read for {len(rows)}")
-    metadata = {
-        "header": msgspec.json.encode(header).decode(),
-        "ids": msgspec.json.encode([item.id for item in items]).decode(),
-    }
-    write_atomic(path, save(tensors, metadata))
+    info = ShardInfo(header=header, ids=tuple(item.id for item in items))
+    write_atomic(path, save(tensors, {SHARD_KEY: msgspec.json.encode(info).decode()}))
 
 
 class _Reader:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from offline.extract import WHOLE, FeaturesHeader
+from offline.extract import SHARD_KEY, WHOLE, FeaturesHeader, ShardInfo
 from offline.records import RecordError
 
 FloatArray = NDArray[np.float32]
@@ -85,24 +85,22 @@ def load_features(folder: Path) -> Features:
     starts = [0]
     for path in paths:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            found = msgspec.json.decode(metadata["header"], type=FeaturesHeader)
-            here = msgspec.json.decode(metadata["ids"], type=list[str])
+            info = msgspec.json.decode(file.metadata()[SHARD_KEY], type=ShardInfo)
             for name, parts in columns.items():
                 parts.append(file.get_tensor(name).numpy())
             rows = file.get_slice("cett").get_shape()[0]
-        if header is not None and found != header:
+        if header is not None and info.header != header:
             raise RecordError(f"{path} was made by another run than {paths[0]}; extract again")
-        header = found
+        header = info.header
         answer = columns["answer"][-1]
         if not (len(answer) == len(columns["kind"][-1]) == rows):
             raise RecordError(f"{path}: {rows} rows of features, {len(answer)} rows of labels")
-        if len(columns["whole"][-1]) != len(here):
+        if len(columns["whole"][-1]) != len(info.ids):
             raise RecordError(
-                f"{path}: {len(here)} answers, {len(columns['whole'][-1])} statistics"
+                f"{path}: {len(info.ids)} answers, {len(columns['whole'][-1])} statistics"
             )
         columns["answer"][-1] = answer.astype(np.int64) + len(ids)
-        ids += here
+        ids += info.ids
         starts.append(starts[-1] + rows)
     assert header is not None
     joined = {name: np.concatenate(parts) for name, parts in columns.items()}

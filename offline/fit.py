@@ -21,7 +21,7 @@ from offline.calibrate import operating_points, platt
 from offline.dataset import Dataset
 from offline.extract import FeaturesHeader, Kind
 from offline.features import Features, FloatArray, IntArray
-from offline.metrics import Floats, rank
+from offline.metrics import Bools, Floats, rank
 from offline.records import Record, RecordError, read_bytes, write_atomic
 from offline.splits import Part
 from probes.calibration import Calibration, OperatingPoint
@@ -232,6 +232,15 @@ def mixture(data: Dataset, part: Part, *, seed: int = 0) -> IntArray:
     )
 
 
+def response_mixture(data: Dataset, part: Part) -> tuple[IntArray, Bools]:
+    """`(answers, hallucinated)` on which response risks are calibrated and judged: short answers
+    that are judged to the end, and ordinary long answers, which claim nothing false. Without these
+    a response's risk would only measure its length."""
+    short, long = data.judged(data.answered(part)), data.ordinary(part)
+    wrong = np.concatenate([data.hallucinated(short), np.zeros(len(long), dtype=np.bool_)])
+    return np.concatenate([short, long]), wrong
+
+
 def pooled(data: Dataset, candidate: Candidate, answers: IntArray, pooling: Pooling) -> Floats:
     """`[answers]` logits of whole responses, pooled over all their tokens as the server does."""
     rows = np.concatenate([data.rows_of(i) for i in answers])
@@ -275,10 +284,7 @@ def _token_rule(
 def _response_rule(
     data: Dataset, candidate: Candidate, pooling: Pooling
 ) -> tuple[Calibration, tuple[OperatingPoint, ...]]:
-    """Short answers that are judged to the end, right and wrong, and ordinary long answers, which
-    claim nothing false: without these a response's risk would only measure its length."""
-    short, long = data.judged(data.answered("calibrate")), data.ordinary("calibrate")
-    wrong = np.concatenate([data.hallucinated(short), np.zeros(len(long), dtype=np.bool_)])
-    logits = pooled(data, candidate, np.concatenate([short, long]), pooling)
+    answers, wrong = response_mixture(data, "calibrate")
+    logits = pooled(data, candidate, answers, pooling)
     calibration = platt(logits, wrong)
     return calibration, operating_points(calibration, logits, wrong)

@@ -19,7 +19,8 @@ from torch import Tensor
 from offline.card import NOT_GOOD_FOR, readme
 from offline.dataset import Dataset
 from offline.evaluate import Evaluation
-from offline.fit import FitResult
+from offline.extract import Kind
+from offline.fit import FitResult, mixture, response_mixture
 from offline.models import LoadedModel
 from offline.records import (
     Answer,
@@ -127,6 +128,13 @@ def training_facts(run: Path, result: FitResult, data: Dataset, *, command: str)
         "answers_sha256": sha256(run / "answers.jsonl"),
         "labels_sha256": sha256(run / "labels.jsonl"),
     }
+    tokens = data.features.kind[mixture(data, "calibrate")] == Kind.WRONG
+    responses = response_mixture(data, "calibrate")[1]
+    facts["calibrated on"] = (
+        f"{len(tokens)} tokens, {tokens.mean():.0%} of them of wrong claims (short answers and as "
+        f"many tokens of ordinary long ones); {len(responses)} responses, {responses.mean():.0%} "
+        f"of them wrong (short answers that end with their claim, and ordinary long ones)"
+    )
     units = data.unit[data.first[data.answered("test")]].tolist()
     relations = sorted({unit for unit in units if "/" in unit})  # a question has lost its "/"
     facts["relations of the test part"] = "; ".join(relations)

@@ -100,6 +100,14 @@ def test_offsets_come_from_ids_and_cover_the_text_once(
     assert all(a[1] == b[0] for a, b in itertools.pairwise(offsets))
 
 
+def test_a_character_of_several_tokens_belongs_to_the_last_of_them(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """Before its last byte the decoder shows a replacement character, which is nobody's text."""
+    assert token_offsets(tokenizer, tokenizer.encode("é!")) == [(0, 0), (0, 1), (1, 2)]
+    assert token_offsets(tokenizer, tokenizer.encode("🎉")) == [(0, 0), (0, 0), (0, 0), (0, 1)]
+
+
 def test_an_end_token_writes_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
     ids = [*tokenizer.encode("Hi"), tokenizer.eos_token_id]
     assert token_offsets(tokenizer, ids) == [(0, 1), (1, 2), (2, 2)]

@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from offline.extract import (
+    SHARD_KEY,
     WHOLE,
     FeaturesHeader,
     Kind,
     Position,
+    ShardInfo,
     extract,
     features_header,
     make_items,
@@ -196,13 +198,15 @@ def test_shards_of_another_run_or_with_missing_rows_are_an_error(
     extract(tiny_model, items, tmp_path, header=header, dtype=torch.float16, rows_per_shard=20)
     first = tmp_path / "shard-00000.safetensors"
     tensors = load_file(first)
-    ids = msgspec.json.encode(load_features(tmp_path).ids[:1]).decode()
-    other = msgspec.structs.replace(header, labels_sha256="other")
-    metadata = {"header": msgspec.json.encode(other).decode(), "ids": ids}
-    save_file(tensors, first, metadata)
+    ids = load_features(tmp_path).ids[:1]
+
+    def save(header: FeaturesHeader, **changed: torch.Tensor) -> None:
+        info = msgspec.json.encode(ShardInfo(header=header, ids=ids)).decode()
+        save_file(tensors | changed, first, {SHARD_KEY: info})
+
+    save(msgspec.structs.replace(header, labels_sha256="other"))
     with pytest.raises(RecordError, match="another run"):
         load_features(tmp_path)
-    metadata["header"] = msgspec.json.encode(header).decode()
-    save_file(tensors | {"answer": tensors["answer"][1:].clone()}, first, metadata)
+    save(header, answer=tensors["answer"][1:].clone())
     with pytest.raises(RecordError, match="rows of"):
         load_features(tmp_path)

@@ -16,7 +16,7 @@ from offline import metrics
 from offline.baselines import token_detectors
 from offline.dataset import Dataset, join
 from offline.evaluate import evaluate
-from offline.extract import WHOLE, FeaturesHeader, Kind
+from offline.extract import SHARD_KEY, WHOLE, FeaturesHeader, Kind, ShardInfo
 from offline.features import load_features
 from offline.fit import (
     LOGIT_SPREAD,
@@ -240,6 +240,7 @@ def _dataset(folder: Path, make_answer: MakeAnswer) -> Dataset:
         residual_layers=(2,),
     )  # fmt: skip
     folder.mkdir(exist_ok=True)
+    info = ShardInfo(header=header, ids=tuple(answer.id for answer in answers))
     save_file(
         {
             "cett": torch.from_numpy(cett),
@@ -254,10 +255,7 @@ def _dataset(folder: Path, make_answer: MakeAnswer) -> Dataset:
             ),
         },
         folder / "shard-00000.safetensors",
-        {
-            "header": msgspec.json.encode(header).decode(),
-            "ids": msgspec.json.encode([answer.id for answer in answers]).decode(),
-        },
+        {SHARD_KEY: msgspec.json.encode(info).decode()},
     )
     return join(load_features(folder), answers, labels, transfer=frozenset(), seed=0)
 
