@@ -180,12 +180,12 @@ class TransformersEngine:
         with self._wake:
             if self._dead or self._closing:
                 raise EngineDeadError(self._dead or "the engine is closed")
-            health_waiting = self._scheduler.waiting + len(self._inbox)
+            waiting = self._scheduler.waiting + len(self._inbox)
             free = max(0, self._max_num_seqs - self._scheduler.running)
             tokens = self._scheduler.waiting_tokens + sum(len(r.prompt) for r in self._inbox)
-            if health_waiting >= free + self._max_waiting_requests:
-                raise EngineOverloadedError(f"{health_waiting} requests are waiting already")
-            if health_waiting and tokens + len(row.prompt) > self._max_waiting_tokens:
+            if waiting >= free + self._max_waiting_requests:
+                raise EngineOverloadedError(f"{waiting} requests are waiting already")
+            if waiting and tokens + len(row.prompt) > self._max_waiting_tokens:
                 raise EngineOverloadedError(f"{tokens} prompt tokens are waiting already")
             if self._scheduler.idle and not self._inbox:
                 self._last_step = time.monotonic()
