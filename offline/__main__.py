@@ -17,6 +17,7 @@ from typing import Annotated
 
 import typer
 
+from offline.run_folder import holds_run
 from probes.errors import HNeuronsError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -33,10 +34,21 @@ Questions = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="commit of a hub id, 40 hex digits")]
 BaseURL = Annotated[str | None, typer.Option(help="server to ask (default: start one)")]
-Samples = Annotated[int, typer.Option(min=1, help="answers per question")]
-Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy")]
-TopP = Annotated[float, typer.Option(min=0, max=1)]
-TopK = Annotated[int, typer.Option(min=0, help="0 is off")]
+Paper = Annotated[
+    bool,
+    typer.Option(
+        "--paper",
+        help="the paper's rule where nothing else is said: 10 samples of 50 tokens at temperature "
+        "1, top_p .9, top_k 50, all of which agree; as many right as wrong answers",
+    ),
+]
+Samples = Annotated[int | None, typer.Option(min=1, help="answers per question (default 1)")]
+Temperature = Annotated[float | None, typer.Option(min=0, help="0 is greedy (default 0)")]
+TopP = Annotated[float | None, typer.Option(min=0, max=1, help="(default 1)")]
+TopK = Annotated[int | None, typer.Option(min=0, help="0 is off (default 0)")]
+MaxTokens = Annotated[
+    int | None, typer.Option(min=1, help="longest answer (default: by the style of the question)")
+]
 InFlight = Annotated[int, typer.Option(min=1, help="requests at a time")]
 Agree = Annotated[int, typer.Option(min=1, help="samples of a question that must agree")]
 WrongPerRight = Annotated[
@@ -54,16 +66,19 @@ Name = Annotated[str, typer.Option(help="name of the probe")]
 
 
 @app.command()
+@holds_run
 def collect(
     model: Model,
     out: Run,
     questions: Questions,
     base_url: BaseURL = None,
     revision: Revision = None,
-    samples: Samples = 1,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
+    paper: Paper = False,
+    samples: Samples = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    max_tokens: MaxTokens = None,
     seed: Seed = 0,
     in_flight: InFlight = 32,
 ) -> None:
@@ -72,13 +87,19 @@ def collect(
     from offline.child_server import child_server
     from offline.models import load_tokenizer, short_name
     from offline.questions import Source, check_unique, read_questions, shuffle_key
-    from offline.records import versions
+    from offline.records import Answer, sort_records, versions
 
     asked = [q for text in questions for q in read_questions(Source.parse(text))]
     check_unique(asked)
     asked.sort(key=lambda question: shuffle_key(question.id))  # what a cut run has is no bias
-    sampling = verb.Sampling(
-        samples=samples, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+    sampling = verb.sampling(
+        paper,
+        samples=samples,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        max_tokens=max_tokens,
+        seed=seed,
     )
     tokenizer = load_tokenizer(model, revision=revision)
     header = verb.answers_header(
@@ -89,24 +110,26 @@ def collect(
         libraries=versions(),
     )
     path = out / "answers.jsonl"
-    asks = verb.missing(asked, path, header=header, samples=samples)
-    if not asks:
-        return
-    with nullcontext(base_url) if base_url else child_server(model, in_flight=in_flight) as url:
-        asyncio.run(
-            verb.collect(
-                asks,
-                path,
-                base_url=url,
-                header=header,
-                sampling=sampling,
-                in_flight=in_flight,
-                api_key=os.environ.get("OPENAI_API_KEY"),
+    asks = verb.missing(asked, path, header=header, samples=sampling.samples)
+    if asks:
+        with nullcontext(base_url) if base_url else child_server(model, in_flight=in_flight) as url:
+            asyncio.run(
+                verb.collect(
+                    asks,
+                    path,
+                    base_url=url,
+                    header=header,
+                    sampling=sampling,
+                    in_flight=in_flight,
+                    done=len(asked) * sampling.samples - len(asks),
+                    api_key=os.environ.get("OPENAI_API_KEY"),
+                )
             )
-        )
+    sort_records(path, Answer)
 
 
 @app.command()
+@holds_run
 def label(
     model: Model,
     out: Run,
@@ -128,6 +151,7 @@ def label(
 
 
 @app.command()
+@holds_run
 def extract(
     model: Model,
     out: Run,
@@ -157,6 +181,7 @@ def extract(
 
 
 @app.command()
+@holds_run
 def fit(
     out: Run,
     transfer: Transfer = None,
@@ -179,6 +204,7 @@ def fit(
 
 
 @app.command()
+@holds_run
 def evaluate(out: Run) -> None:
     """Judge the probe on unseen relations and questions, beside the baselines."""
     from offline import evaluate as verb
@@ -193,6 +219,7 @@ def evaluate(out: Run) -> None:
 
 
 @app.command()
+@holds_run
 def publish(
     model: Model,
     out: Run,
@@ -224,6 +251,7 @@ def publish(
 
 
 @app.command()
+@holds_run
 def train(
     model: Model,
     out: Run,
@@ -231,10 +259,12 @@ def train(
     name: Name,
     base_url: BaseURL = None,
     revision: Revision = None,
-    samples: Samples = 1,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
+    paper: Paper = False,
+    samples: Samples = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    max_tokens: MaxTokens = None,
     in_flight: InFlight = 32,
     agree: Agree = 1,
     wrong_per_right: WrongPerRight = 1.5,
@@ -248,8 +278,8 @@ def train(
 ) -> None:
     """Every verb in turn: from questions to a probe that a server loads."""
     collect(
-        model, out, questions, base_url, revision, samples, temperature, top_p, top_k, seed,
-        in_flight,
+        model, out, questions, base_url, revision, paper, samples, temperature, top_p, top_k,
+        max_tokens, seed, in_flight,
     )  # fmt: skip
     label(model, out, revision, agree, wrong_per_right)
     extract(model, out, revision, position, dtype)

@@ -1,7 +1,8 @@
 """A server of our own as a child process, for as long as `with` lasts.
 
 `offline` never imports `server`: it starts it as anybody would and speaks HTTP to it, so a probe is
-trained on exactly what production writes.
+trained on exactly what production writes. It stands behind a guardian (offline/guardian.py), which
+ends it when this process is killed: a server that nobody asks any more would keep its memory.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from probes.errors import HNeuronsError
 log = logging.getLogger(__name__)
 
 START_SECONDS = 600.0  # a large model loads for minutes
-STOP_SECONDS = 40.0
 
 
 class ChildServerError(HNeuronsError):
@@ -38,22 +38,28 @@ def child_server(model: str, *, in_flight: int, probe: str = "none") -> Iterator
     with tempfile.TemporaryFile("w+") as output:
         log.info("starting %s", " ".join(command[1:]))
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            [sys.executable, "-m", "offline.guardian", *command],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches us alone; we then let go of the pipe
         )
         try:
             url = f"http://127.0.0.1:{port}"
             _wait_until_ready(process, url)
             yield url
-        except ChildServerError as exc:
+        except HNeuronsError as exc:
+            if process.poll() is None:
+                raise
             output.seek(0)
-            raise ChildServerError(f"{exc}; it said: {output.read()[-2000:]}") from exc
+            raise ChildServerError(
+                f"the server ended with status {process.returncode} ({exc}); it said: "
+                f"{output.read()[-2000:]}"
+            ) from exc
         finally:
-            process.terminate()
-            try:
-                process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            assert process.stdin is not None
+            process.stdin.close()  # the guardian ends the server, by force if need be
+            process.wait()
 
 
 def _free_port() -> int:
@@ -67,7 +73,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise ChildServerError(f"the server ended with status {process.returncode}")
+            raise ChildServerError("it did not come up")
         try:
             if httpx.get(f"{url}/readyz", timeout=5.0).is_success:
                 return

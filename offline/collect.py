@@ -7,42 +7,43 @@ our server and vLLM give them, and are never made from the text.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import logging
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import httpx
-import msgspec
 from tqdm import tqdm
 
+from offline.chat_client import ChatClient, at_most, connect
 from offline.questions import Question
 from offline.records import Answer, Appender, Header, read_records
 from probes.errors import HNeuronsError
 
-log = logging.getLogger(__name__)
-
-REQUEST_SECONDS = 300.0
-TRANSIENT = (408, 429, 502, 503, 504)  # a slow line, a full queue, a restart
-RETRIES = 8  # of one request; an overloaded server says how long to wait, a lost one doubles it
-
 
 class CollectError(HNeuronsError):
-    """The server refused, failed for good, or does not return token ids."""
+    """The server does not return token ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How answers are drawn. The paper: ten samples at 1.0, top_p .9, top_k 50."""
+    """How answers are drawn."""
 
     samples: int = 1
     temperature: float = 0.0  # 0 is greedy
     top_p: float = 1.0
     top_k: int = 0  # 0 is off
+    max_tokens: int | None = None  # None: what the style of the question allows
     seed: int = 0
+
+
+PAPER = Sampling(samples=10, temperature=1.0, top_p=0.9, top_k=50, max_tokens=50)
+
+
+def sampling(paper: bool, **given: float | None) -> Sampling:
+    """The paper's way to draw or the greedy one, with what is `given` put in its place."""
+    said = {key: value for key, value in given.items() if value is not None}
+    return replace(PAPER if paper else Sampling(), **said)  # type: ignore[arg-type]
 
 
 class Ask(NamedTuple):
@@ -50,19 +51,6 @@ class Ask(NamedTuple):
 
     question: Question
     sample: int
-
-
-class _Choice(msgspec.Struct, frozen=True):
-    message: dict[str, object]
-    finish_reason: str
-    token_ids: tuple[int, ...] = ()
-
-
-class _Reply(msgspec.Struct, frozen=True):
-    """What is needed of a chat completion; other keys are ignored as servers differ in them."""
-
-    choices: tuple[_Choice, ...]
-    prompt_token_ids: tuple[int, ...] = ()
 
 
 def missing(
@@ -87,21 +75,20 @@ async def collect(
     header: Header,
     sampling: Sampling,
     in_flight: int,
+    done: int = 0,
     api_key: str | None = None,
 ) -> None:
     """Append an answer to `path` for each of `asks`, in the order in which they come.
 
-    CollectError on the first request that fails for good; what was answered before stays.
+    ChatError or CollectError on the first request that fails for good; what was answered before
+    stays. `done` answers are there already: the bar starts with them.
     """
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    limits = httpx.Limits(max_connections=in_flight, max_keepalive_connections=in_flight)
     with Appender(path, header) as out:
-        async with httpx.AsyncClient(
-            base_url=base_url, headers=headers, limits=limits, timeout=REQUEST_SECONDS
-        ) as client:
-            model = await _served_model(client)
-            with tqdm(total=len(asks), unit="answer", desc="collect") as bar:
-                async for answer in _answers(client, model, asks, sampling, in_flight):
+        async with connect(base_url, in_flight=in_flight, api_key=api_key) as client:
+            with tqdm(total=done + len(asks), initial=done, unit="answer", desc="collect") as bar:
+                async for answer in at_most(
+                    in_flight, asks, lambda ask: _answer(client, ask, sampling)
+                ):
                     out.append(answer)
                     bar.update()
 
@@ -120,45 +107,17 @@ def answers_header(
         model_id=model_id,
         tokenizer_sha256=tokenizer_sha256,
         chat_template_sha256=chat_template_sha256,
-        settings={key: str(value) for key, value in asdict(sampling).items()},
+        settings={key: str(value) for key, value in asdict(sampling).items() if value is not None},
         libraries=libraries,
     )
 
 
-async def _answers(
-    client: httpx.AsyncClient,
-    model: str,
-    asks: Sequence[Ask],
-    sampling: Sampling,
-    in_flight: int,
-) -> AsyncIterator[Answer]:
-    """Answers as they come; at most `in_flight` requests are open."""
-    waiting = iter(asks)
-    open_requests: set[asyncio.Task[Answer]] = set()
-    try:
-        while True:
-            while len(open_requests) < in_flight and (ask := next(waiting, None)) is not None:
-                open_requests.add(asyncio.create_task(_ask(client, model, *ask, sampling)))
-            if not open_requests:
-                return
-            finished, open_requests = await asyncio.wait(
-                open_requests, return_when=asyncio.FIRST_COMPLETED
-            )
-            for task in finished:
-                yield task.result()
-    finally:
-        for task in open_requests:
-            task.cancel()
-        await asyncio.gather(*open_requests, return_exceptions=True)
-
-
-async def _ask(
-    client: httpx.AsyncClient, model: str, question: Question, sample: int, sampling: Sampling
-) -> Answer:
-    body = {
-        "model": model,
+async def _answer(client: ChatClient, ask: Ask, sampling: Sampling) -> Answer:
+    question, sample = ask
+    name = f"question {question.id!r}"
+    body: dict[str, object] = {
         "messages": [{"role": "user", "content": question.prompt}],
-        "max_tokens": question.max_tokens,
+        "max_tokens": sampling.max_tokens or question.max_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "seed": _seed(question.id, sample, sampling.seed),
@@ -166,17 +125,12 @@ async def _ask(
     }
     if sampling.top_k:
         body["top_k"] = sampling.top_k
-    response = await _post(client, body, question.id)
-    try:
-        reply = msgspec.json.decode(response.content, type=_Reply)
-        choice = reply.choices[0]
-        text = choice.message["content"]
-    except (msgspec.DecodeError, IndexError, KeyError) as exc:
-        raise CollectError(f"question {question.id!r}: not a chat completion: {exc}") from exc
-    if not isinstance(text, str) or not reply.prompt_token_ids or not choice.token_ids:
+    reply = await client.complete(body, name=name)
+    choice = reply.choices[0]
+    if reply.text is None or not reply.prompt_token_ids or not choice.token_ids:
         raise CollectError(
-            f"question {question.id!r}: the server returned no token ids or no text; collecting "
-            f"needs `return_token_ids`, which our server and vLLM >= 0.10.2 support"
+            f"{name}: the server returned no token ids or no text; collecting needs "
+            f"`return_token_ids`, which our server and vLLM >= 0.10.2 support"
         )
     return Answer(
         id=f"{question.id}/{sample}",
@@ -189,42 +143,9 @@ async def _ask(
         split=question.split,
         prompt_token_ids=reply.prompt_token_ids,
         token_ids=choice.token_ids,
-        text=text,
+        text=reply.text,
         finish_reason=choice.finish_reason,
     )
-
-
-async def _post(client: httpx.AsyncClient, body: dict[str, object], name: str) -> httpx.Response:
-    """One chat completion; a transient refusal is tried again when the server says, or later."""
-    said = ""
-    for attempt in range(RETRIES):
-        try:
-            response = await client.post("/v1/chat/completions", json=body)
-        except httpx.TransportError as exc:
-            said, wait = f"{type(exc).__name__}: {exc}", min(30.0, 0.5 * 2**attempt)
-        else:
-            if response.is_success:
-                return response
-            said = f"{response.status_code} {response.text[:300]}"
-            if response.status_code not in TRANSIENT:
-                break
-            told = response.headers.get("retry-after", "")
-            wait = float(told) if told.isdecimal() else min(30.0, 0.5 * 2**attempt)
-        await asyncio.sleep(wait)
-    raise CollectError(
-        f"question {name!r}: the server said {said}; answers so far are kept, run again to go on"
-    )
-
-
-async def _served_model(client: httpx.AsyncClient) -> str:
-    """The name under which the server serves its (first) model."""
-    try:
-        response = await client.get("/v1/models")
-        response.raise_for_status()
-        name: str = response.json()["data"][0]["id"]
-    except (httpx.HTTPError, ValueError, LookupError) as exc:
-        raise CollectError(f"{client.base_url} is no OpenAI-compatible server: {exc}") from exc
-    return name
 
 
 def _seed(question_id: str, sample: int, seed: int) -> int:

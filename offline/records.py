@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class Header(Record, frozen=True, kw_only=True):
     """First line of every file: what made it. A verb refuses input made with another model."""
 
-    kind: Literal["answers", "labels"]
+    kind: Literal["answers", "labels", "replies"]
     model_id: str  # for people, not compared: a folder and a hub id may hold the same model
     tokenizer_sha256: str
     chat_template_sha256: str
@@ -105,7 +106,15 @@ class Label(Record, frozen=True, kw_only=True):
         return self.verdict == "wrong"
 
 
+class Reply(Record, frozen=True, kw_only=True):
+    """What a model said when it was asked about an answer, word for word."""
+
+    id: str  # digest of what was asked: a question that recurs is asked once
+    text: str
+
+
 T = TypeVar("T", bound=Record)
+Keyed = TypeVar("Keyed", Answer, Label, Reply)
 
 
 def versions() -> dict[str, str]:
@@ -136,6 +145,21 @@ def read_records(path: Path, kind: type[T]) -> tuple[Header, list[T]]:
         raise RecordError(f"{path} is empty: its header is missing")
     header = _decode(lines[0], Header, path, 1)
     return header, [_decode(line, kind, path, i) for i, line in enumerate(lines[1:], start=2)]
+
+
+def sort_records(path: Path, kind: type[Keyed]) -> None:
+    """Put the records of a finished file into the order of their ids, atomically.
+
+    They were appended as they came; sorted, the file is the same however often its verb was killed,
+    and so is all that is made of it. RecordError when two records have one id.
+    """
+    header, records = read_records(path, kind)
+    ordered = sorted(records, key=lambda record: record.id)
+    for before, after in itertools.pairwise(ordered):
+        if before.id == after.id:
+            raise RecordError(f"{path} holds {after.id!r} twice; delete one of the two lines")
+    if ordered != records:
+        write_records(path, header, ordered)
 
 
 def write_records(path: Path, header: Header, records: Sequence[Record]) -> None:

@@ -12,10 +12,20 @@ from typing import Any
 
 import pytest
 
+from offline.chat_client import ChatError
 from offline.child_server import ChildServerError, child_server
-from offline.collect import Ask, CollectError, Sampling, answers_header, collect, missing
+from offline.collect import (
+    PAPER,
+    Ask,
+    CollectError,
+    Sampling,
+    answers_header,
+    collect,
+    missing,
+    sampling,
+)
 from offline.questions import Question
-from offline.records import Answer, Header, read_records
+from offline.records import Answer, Header, read_records, sort_records
 
 Reply = tuple[int, dict[str, str], dict[str, Any]]
 
@@ -166,6 +176,37 @@ async def test_samples_of_a_question_have_seeds_of_their_own_that_do_not_depend_
     assert all((b["top_p"], b["top_k"]) == (0.9, 50) for b in scripted.bodies)
 
 
+async def test_the_finished_file_is_the_same_however_often_it_was_cut(
+    scripted: ScriptedServer, tmp_path: Path
+) -> None:
+    """Answers come in any order; every later artifact is made of this file's bytes."""
+    draw = Sampling(samples=3, temperature=1.0)
+    questions = _questions(7)
+    await _collect(scripted, tmp_path / "whole.jsonl", questions, sampling=draw, in_flight=7)
+    sort_records(tmp_path / "whole.jsonl", Answer)
+    path = tmp_path / "cut.jsonl"
+    for torn in range(6):
+        scripted.bodies.clear()
+        scripted.refuse = lambda body, attempt: (400, {}, {}) if len(scripted.bodies) >= 3 else None
+        with pytest.raises(ChatError):
+            await _collect(scripted, path, questions[::-1], sampling=draw, in_flight=3)
+        body = path.read_bytes()
+        path.write_bytes(body[: -torn * 9] if torn else body)
+        scripted.refuse = lambda body, attempt: None
+    await _collect(scripted, path, questions, sampling=draw)
+    assert path.read_bytes() != (tmp_path / "whole.jsonl").read_bytes()
+    sort_records(path, Answer)
+    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_the_papers_sampling_is_one_flag_and_each_part_of_it_can_be_said_otherwise() -> None:
+    """Trap 11: a default that cannot be switched off is no default."""
+    assert sampling(True, samples=None, seed=0) == PAPER
+    assert sampling(False, samples=None, seed=0) == Sampling()
+    mixed = sampling(True, samples=4, temperature=0.7, top_p=1.0, top_k=0, max_tokens=9, seed=3)
+    assert mixed == Sampling(samples=4, temperature=0.7, top_p=1.0, top_k=0, max_tokens=9, seed=3)
+
+
 async def test_no_more_requests_are_open_than_allowed(
     scripted: ScriptedServer, tmp_path: Path
 ) -> None:
@@ -192,7 +233,7 @@ async def test_a_refusal_for_good_names_the_question_and_keeps_what_was_answered
         return (400, {}, {"error": {"message": "too long"}}) if bad else None
 
     scripted.refuse = refuse
-    with pytest.raises(CollectError, match=r"set/ask/q3.*too long"):
+    with pytest.raises(ChatError, match=r"set/ask/q3.*too long"):
         await _collect(scripted, tmp_path / "a.jsonl", _questions(6), in_flight=1)
     assert len(read_records(tmp_path / "a.jsonl", Answer)[1]) == 3
     assert scripted.attempts["Q3?"] == 1
@@ -209,7 +250,7 @@ async def test_a_server_without_token_ids_is_refused(
 
 
 async def test_what_is_no_openai_server_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CollectError, match="no OpenAI-compatible server"):
+    with pytest.raises(ChatError, match="no OpenAI-compatible server"):
         await collect(
             [Ask(_questions(1)[0], 0)],
             tmp_path / "a.jsonl",

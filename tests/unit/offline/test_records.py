@@ -14,6 +14,7 @@ from offline.records import (
     Header,
     RecordError,
     read_records,
+    sort_records,
     write_atomic,
     write_records,
 )
@@ -80,6 +81,19 @@ def test_a_bad_line_is_named(tmp_path: Path, header: Header, line: bytes) -> Non
     path.write_bytes(path.read_bytes() + line + b"\n")
     with pytest.raises(RecordError, match="line 2"):
         read_records(path, Answer)
+
+
+def test_records_are_sorted_in_place_and_one_id_twice_is_refused(
+    tmp_path: Path, make_answer: MakeAnswer, header: Header
+) -> None:
+    """A repeated answer would count twice in every figure."""
+    answers = [make_answer(id=f"set/ask/q{i}/0") for i in (2, 0, 1)]
+    write_records(tmp_path / "a.jsonl", header, answers)
+    sort_records(tmp_path / "a.jsonl", Answer)
+    assert read_records(tmp_path / "a.jsonl", Answer) == (header, [answers[i] for i in (1, 2, 0)])
+    write_records(tmp_path / "a.jsonl", header, [*answers, answers[0]])
+    with pytest.raises(RecordError, match="set/ask/q2/0' twice"):
+        sort_records(tmp_path / "a.jsonl", Answer)
 
 
 def test_an_atomic_write_leaves_no_second_file(tmp_path: Path) -> None:
