@@ -1,23 +1,28 @@
-"""Attention over a padded batch: fast where heads share keys, and exact on a CPU.
+"""Attention over rows of different lengths: one call per layer, exact on a CPU, no copies of keys.
 
-Two things are done otherwise than by the library's `sdpa`, for models that let their attention be
-chosen (docs/decisions/batching.md has the figures):
+The cache keeps every row from column 0 on and pads on the right, up to a multiple of `BLOCK`
+columns. Two things are done otherwise than by the library's `sdpa`, for models that let their
+attention be chosen (docs/decisions/batching.md has the figures):
 
+* **Masked by row.** The library has one query offset for all rows. Here a query's position is its
+  own row's, which causality and sliding windows need. What stands right of it is masked.
 * **Grouped.** The library copies keys and values once per query head before it attends, at every
   layer and step. With one query token per row the heads of a group can stand where a sequence of
   queries would, and attend to the stored keys as they are.
-* **Row by row, on a CPU.** A row attends to its own columns only. The kernel then sees what it sees
-  when the request is alone, so a request's tokens and readings do not depend on its neighbours by
-  one bit in bfloat16; masked padding moves the sums, and bfloat16 rounds them differently.
+
+Why the padding is on the right: the CPU kernel adds up a row in vectors of 16 columns, so zeros
+behind a row change no bit, and a request computes the same bits alone and beside others. Padding on
+the left moves the row inside the vectors, and bfloat16 then rounds differently.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
@@ -25,28 +30,61 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "hneurons_sdpa"
+BLOCK = 16  # columns: float32 lanes of the widest vectors that CPU kernels add up in (AVX-512)
 
-# Of the pass that runs in this thread: how many stored columns of each row are padding.
-_paddings: ContextVar[Sequence[int]] = ContextVar("_paddings", default=())
+# Of the pass that runs in this thread: how many tokens of each row are stored, `[rows]` int64.
+_stored: ContextVar[Tensor | None] = ContextVar("_stored", default=None)
 
 
-def use_batch_attention(model: PreTrainedModel) -> None:
-    """Let `model` attend with `attend` where it would use `sdpa`; others stay as they are."""
+def use_batch_attention(model: PreTrainedModel) -> bool:
+    """Let `model` attend as described above where it would use `sdpa`; False where it stays as
+    it is, because its attention is its own code."""
     if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
-        return
+        return False
     AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, mask)
     model.set_attn_implementation(NAME)
+    return True
 
 
 @contextmanager
-def padded(paddings: Sequence[int]) -> Iterator[None]:
-    """Within: a pass over rows whose first `paddings[row]` columns are padding."""
-    token = _paddings.set(paddings)
+def stored(lengths: Tensor) -> Iterator[None]:
+    """Within: a pass over rows of which `lengths` `[rows]` int64 tokens are stored."""
+    token = _stored.set(lengths)
     try:
         yield
     finally:
-        _paddings.reset(token)
+        _stored.reset(token)
+
+
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *,
+    mask_function: Callable[..., Tensor],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,  # noqa: ANN401  # the library's own; used outside a pass
+) -> Tensor | None:
+    """What is added to the scores, `[rows, 1, tokens, columns]` in `dtype`: 0, or -inf where
+    `mask_function(batch, head, query position, column)` forbids; signature of `sdpa_mask`.
+
+    Made once per pass. The library's bool mask is turned into this at every layer.
+    """
+    lengths = _stored.get()
+    if lengths is None:
+        kwargs.update(mask_function=mask_function, dtype=dtype, device=device)
+        return sdpa_mask(batch_size, q_length, kv_length, **kwargs)
+    positions = lengths[:, None] + torch.arange(q_length, device=device)
+    allowed = mask_function(
+        torch.arange(batch_size, device=device)[:, None, None, None],
+        torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=device),
+        positions[:, None, :, None],
+        torch.arange(kv_length, device=device)[None, None, None, :],
+    )
+    added = torch.zeros(allowed.shape, dtype=dtype, device=device)
+    return added.masked_fill_(~allowed, -torch.inf)
 
 
 def attend(
@@ -63,42 +101,9 @@ def attend(
 
     query           `[rows, heads, tokens, head_dim]`
     key, value      `[rows, kv_heads, columns, head_dim]`
-    attention_mask  `[rows, 1, tokens, columns]` bool, or None: causal without padding
-    returns         `[rows, tokens, heads, head_dim]`; zeros where the query is padding
+    attention_mask  `[rows, 1, tokens, columns]` bool or added to the scores; None: causal
+    returns         `[rows, tokens, heads, head_dim]`
     """
-    rows, _, tokens, _ = query.shape
-    paddings = _paddings.get()
-    if query.device.type != "cpu" or not any(paddings) or attention_mask is None:
-        return _sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs), None
-    output = query.new_zeros(rows, tokens, query.shape[1], value.shape[-1])
-    before = key.shape[2] - tokens  # columns that were stored before this pass
-    for row, padding in enumerate(paddings):
-        one, skip = slice(row, row + 1), max(0, padding - before)
-        if skip < tokens:
-            output[one, skip:] = _sdpa(
-                module,
-                query[one, :, skip:],
-                key[one, :, padding:],
-                value[one, :, padding:],
-                attention_mask[one, :, skip:, padding:],
-                dropout,
-                scaling,
-                **kwargs,
-            )
-    return output, None
-
-
-def _sdpa(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    **kwargs: Any,  # noqa: ANN401
-) -> Tensor:
-    """The library's attention, save that one query token per row needs no copies of the keys."""
     rows, heads, tokens, head_dim = query.shape
     kv_heads = key.shape[1]
     # A position bias is per query head: the heads of a group cannot share one mask then.
@@ -106,8 +111,9 @@ def _sdpa(
         output: Tensor = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )[0]
-        return output
+        return output, None
     grouped = query.reshape(rows, kv_heads, heads // kv_heads, head_dim)
-    return scaled_dot_product_attention(
+    output = scaled_dot_product_attention(
         grouped, key, value, attn_mask=attention_mask, scale=scaling
-    ).reshape(rows, 1, heads, value.shape[-1])
+    )
+    return output.reshape(rows, 1, heads, value.shape[-1]), None

@@ -1,18 +1,15 @@
 """Keys and values of a batch whose rows come and go; knows no request and no scheduling.
 
-Rows are right-aligned: all of them end at the same column, so that one step appends one column for
-the whole batch, and a row's padding stands on its left.
+Rows are left-aligned: column and position of a token are the same number, and a row's padding
+stands on its right (server/engines/attention.py says why).
 
-    column   start                end
-    row 0      . . . . a b c d e f          first[0] = start + 4
-    row 1      g h i j k l m n o p          first[1] = start
-    row 2      . . . . . . . . q r          first[2] = start + 8
+    column   0                      columns
+    row 0    a b c d e f . . . . . . . .      lengths[0] = 6
+    row 1    g h i j k l m n o p . . . .      lengths[1] = 10
+    row 2    q r . . . . . . . . . . . .      lengths[2] = 2
 
-The position of a row's token is `column - first[row]`. Distances between columns are distances
-between positions, which is what rotary, learned and alibi positions and sliding windows need.
-
-Invariant: left of `first[row]` a row holds zeros. Masked columns are multiplied by a weight of
-zero, and zero times a stale NaN would be NaN.
+Invariant: right of its length a row holds finite numbers. Masked columns are multiplied by a weight
+of zero, and zero times a stale NaN would be NaN.
 """
 
 from __future__ import annotations
@@ -23,109 +20,67 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from server.engines.attention import BLOCK
+
 COLUMN_STEP = 256  # columns are allocated in multiples of this
 
 
 class BatchCache(Cache):
     """One preallocated buffer per layer, `[rows, heads, columns, head_dim]`, written in place."""
 
-    def __init__(self, num_layers: int, *, first: Sequence[int] = (), device: torch.device) -> None:
-        """`first[row]` is the column of the row's first token; every row begins without tokens."""
-        self.first = list(first)
-        self.start = min(self.first, default=0)
-        self.end = self.start
-        self.columns = 0  # allocated
+    def __init__(self, num_layers: int, *, rows: int = 0, device: torch.device) -> None:
+        """`rows` rows without tokens."""
+        self.lengths = [0] * rows  # tokens of each row
         self.device = device
+        self.stored = torch.zeros(rows, dtype=torch.int64, device=device)  # as the pass began
+        self.columns = 0  # that the open pass attends to
+        self.row_index = torch.arange(rows, device=device)
         self._layers = [_Layer(self) for _ in range(num_layers)]
         super().__init__(layers=list(self._layers))
 
     @property
     def rows(self) -> int:
-        return len(self.first)
-
-    @property
-    def paddings(self) -> list[int]:
-        """How many columns of each row, from `start` on, are padding."""
-        return [first - self.start for first in self.first]
-
-    def length(self, row: int) -> int:
-        """How many tokens of `row` are stored."""
-        return max(0, self.end - self.first[row])
+        return len(self.lengths)
 
     def open(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Make room for `tokens` more columns.
+        """Make room for `tokens` more tokens of every row; several only while rows are equally
+        long.
 
-        Returns the attention mask `[rows, stored + tokens]` int64 (1 is a token, 0 is padding) and
-        the position ids `[rows, tokens]` int64 of the pass that will fill them.
+        Returns the attention mask `[rows, columns]` int64 (1: a token that is stored or that this
+        pass brings) and the position ids `[rows, tokens]` int64.
         """
-        if self.end + tokens > self.columns:
-            self._rebuild(rows=self.rows, stored=self.end - self.start, columns=tokens)
-        first = torch.tensor(self.first, device=self.device)[:, None]
-        columns = torch.arange(self.start, self.end + tokens, device=self.device)[None, :]
-        positions = columns - first
-        mask = (positions >= 0).to(torch.int64)
-        return mask, positions[:, -tokens:].clamp(min=0)
+        assert tokens == 1 or len(set(self.lengths)) == 1
+        wanted = max(self.lengths) + tokens
+        self.columns = -(-wanted // BLOCK) * BLOCK
+        for layer in self._layers:
+            layer.reserve(rows=self.rows, columns=self.columns)
+        self.stored = torch.tensor(self.lengths, device=self.device)
+        self.row_index = torch.arange(self.rows, device=self.device)
+        columns = torch.arange(self.columns, device=self.device)
+        mask = (columns < self.stored[:, None] + tokens).to(torch.int64)
+        return mask, self.stored[:, None] + torch.arange(tokens, device=self.device)
 
-    def close(self, tokens: int) -> None:
-        """The pass has filled `tokens` columns in every layer."""
-        self.end += tokens
+    def close(self, counts: Sequence[int]) -> None:
+        """The pass has brought `counts[row]` tokens of each row; the rest of it was padding."""
+        self.lengths = [n + count for n, count in zip(self.lengths, counts, strict=True)]
 
-    def admit(self, other: BatchCache, rows: Sequence[int]) -> None:
-        """Append `rows` of `other` to this batch."""
-        stored = max(self.end - self.start, *(other.length(row) for row in rows))
-        slots = self.rows + len(rows)
-        if stored > self.end or slots > self._slots():
-            self._rebuild(rows=slots, stored=stored, columns=1, like=other)
-        for row in rows:
-            length = other.length(row)
-            for mine, its in zip(self._layers, other._layers, strict=True):
-                for to, source in ((mine.keys, its.keys), (mine.values, its.values)):
-                    to[self.rows, :, : self.end - length] = 0
-                    to[self.rows, :, self.end - length : self.end] = source[
-                        row, :, other.end - length : other.end
-                    ]
-            self.first.append(self.end - length)
-        self.start = min(self.first)
+    def admit(self, other: BatchCache, row: int) -> None:
+        """Append `row` of `other` to this batch."""
+        length = other.lengths[row]
+        for mine, its in zip(self._layers, other._layers, strict=True):
+            mine.reserve(rows=self.rows + 1, columns=length, like=its)
+            mine.put(self.rows, its.keys[row, :, :length], its.values[row, :, :length])
+        self.lengths.append(length)
 
     def retire(self, row: int) -> None:
-        """Drop `row`; the last row takes its place. Columns that nobody needs are trimmed."""
+        """Drop `row`; the last row takes its place."""
         last = self.rows - 1
         if row != last:
+            length = self.lengths[last]
             for layer in self._layers:
-                for buffer in (layer.keys, layer.values):
-                    buffer[row, :, : self.end] = buffer[last, :, : self.end]
-            self.first[row] = self.first[last]
-        self.first.pop()
-        self.start = min(self.first, default=0)
-        if not self.first:
-            self.end = 0
-
-    def _slots(self) -> int:
-        first = self._layers[0]
-        return first.keys.shape[0] if first.is_initialized else 0
-
-    def _rebuild(
-        self, *, rows: int, stored: int, columns: int, like: BatchCache | None = None
-    ) -> None:
-        """Move what is stored into buffers for `rows` rows and `stored + columns` columns or more.
-
-        Afterwards the stored columns end at `stored`. Half as many columns again are allocated, so
-        that the cost of moving stays a constant share of a step.
-        """
-        wanted = stored + columns
-        self.columns = -(-(wanted + wanted // 2) // COLUMN_STEP) * COLUMN_STEP
-        shift = stored - self.end
-        slots = max(rows, self._slots())
-        for index, layer in enumerate(self._layers):
-            layer.move(
-                slots=slots,
-                columns=self.columns,
-                shift=shift,
-                like=layer if like is None or layer.is_initialized else like._layers[index],
-            )
-        self.first = [column + shift for column in self.first]
-        self.start += shift
-        self.end += shift
+                layer.put(row, layer.keys[last, :, :length], layer.values[last, :, :length])
+            self.lengths[row] = length
+        self.lengths.pop()
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -141,9 +96,9 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.batch = batch
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        batch = self.batch
+        rows, columns = self.batch.rows, _allocated(self.batch.columns)
         self.keys, self.values = (
-            states.new_zeros(batch.rows, states.shape[1], batch.columns, states.shape[3])
+            states.new_zeros(rows, states.shape[1], columns, states.shape[3])
             for states in (key_states, value_states)
         )
         self.is_initialized = True
@@ -151,34 +106,59 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Write `[rows, heads, tokens, head_dim]` at the open columns; return what is stored."""
+        """Write `[rows, heads, tokens, head_dim]` behind each row; return what is attended to."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        batch, stop = self.batch, self.batch.end + key_states.shape[2]
-        self.keys[: batch.rows, :, batch.end : stop] = key_states
-        self.values[: batch.rows, :, batch.end : stop] = value_states
-        stored = (slice(0, batch.rows), slice(None), slice(batch.start, stop))
-        return self.keys[stored], self.values[stored]
+        batch, tokens = self.batch, key_states.shape[2]
+        if tokens == 1:
+            at = (batch.row_index, slice(None), batch.stored)
+            self.keys[at], self.values[at] = key_states[:, :, 0], value_states[:, :, 0]
+        else:
+            start = batch.lengths[0]
+            self.keys[: batch.rows, :, start : start + tokens] = key_states
+            self.values[: batch.rows, :, start : start + tokens] = value_states
+        attended = (slice(0, batch.rows), slice(None), slice(0, batch.columns))
+        return self.keys[attended], self.values[attended]
 
-    def move(self, *, slots: int, columns: int, shift: int, like: _Layer) -> None:
-        """Reallocate; column `c` becomes column `c + shift`."""
-        if not like.is_initialized:
+    def put(self, row: int, keys: Tensor, values: Tensor) -> None:
+        """Make `row` hold `[heads, tokens, head_dim]` and zeros behind it."""
+        for buffer, states in ((self.keys, keys), (self.values, values)):
+            tokens = states.shape[1]
+            buffer[row, :, :tokens] = states
+            buffer[row, :, tokens:] = 0
+
+    def reserve(self, *, rows: int, columns: int, like: _Layer | None = None) -> None:
+        """Reallocate when the buffers are too small; `like` says the shapes of the first ones.
+
+        Half as many columns again are allocated, so that the cost of moving stays a constant share
+        of a step.
+        """
+        if not self.is_initialized:
+            if like is None:
+                return  # the first pass brings the shapes
+            self.keys = like.keys.new_zeros(0, like.keys.shape[1], 0, like.keys.shape[3])
+            self.values = like.values.new_zeros(0, like.values.shape[1], 0, like.values.shape[3])
+            self.is_initialized = True
+        had_rows, heads, had_columns, _ = self.keys.shape
+        if rows <= had_rows and columns <= had_columns:
             return
-        start, end = self.batch.start, self.batch.end
+        wide = had_columns if columns <= had_columns else _allocated(columns + columns // 2)
         moved = []
-        for old, shape in ((self.keys, like.keys), (self.values, like.values)):
-            new = shape.new_zeros(slots, shape.shape[1], columns, shape.shape[3])
-            if self.is_initialized and end > start:
-                new[: old.shape[0], :, start + shift : end + shift] = old[:, :, start:end]
+        for old in (self.keys, self.values):
+            new = old.new_zeros(max(rows, had_rows), heads, wide, old.shape[3])
+            new[:had_rows, :, :had_columns] = old
             moved.append(new)
         self.keys, self.values = moved
-        self.is_initialized = True
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
+        return self.batch.columns, 0
 
     def get_seq_length(self) -> int:
-        return self.batch.end - self.batch.start
+        return max(self.batch.lengths, default=0)
 
     def get_max_length(self) -> int:
         return -1
+
+
+def _allocated(columns: int) -> int:
+    return -(-columns // COLUMN_STEP) * COLUMN_STEP

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from probes.tap import Meter
-from server.engines.attention import padded
+from server.engines.attention import stored
 from server.engines.base import Contribution
 from server.engines.cache import BatchCache
 
@@ -35,15 +35,14 @@ class Forward:
         self._model = model
         self._meter = meter
         self.device = model.device
-        takes = inspect.signature(model.forward).parameters
-        self._takes_positions = "position_ids" in takes
-        self._keeps_logits = "logits_to_keep" in takes
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.num_layers: int = model.config.get_text_config().num_hidden_layers
-        # The last column of a batch of prompts is a strided view, and a bf16 matrix product of a
-        # strided input is 40 to 600 times slower on CPU (torch 2.13: 12 s against 38 ms for 16
-        # rows and a vocabulary of 49,152). Where the input is contiguous this does nothing.
+        self._last: Tensor | None = None  # within a pass: column of each row's last token
+        # Prompts of one pass end in different columns, which `logits_to_keep` cannot say. Picking
+        # also copies: a bf16 matrix product of a strided view is 40 to 600 times slower on CPU
+        # (torch 2.13: 12 s against 38 ms for 16 rows and a vocabulary of 49,152).
         head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+        head.register_forward_pre_hook(lambda _, args: (self._pick(args[0]), *args[1:]))
         self.seconds_total = 0.0
         self.failed_readings = 0  # passes whose readings could not be taken
 
@@ -51,26 +50,29 @@ class Forward:
     def meter_seconds_total(self) -> float:
         return self._meter.seconds_total if self._meter else 0.0
 
-    def new_cache(self, first: Sequence[int] = ()) -> BatchCache:
-        return BatchCache(self.num_layers, first=first, device=self.device)
+    def new_cache(self, rows: int = 0) -> BatchCache:
+        return BatchCache(self.num_layers, rows=rows, device=self.device)
 
     def __call__(
         self, token_ids: Sequence[Sequence[int]], cache: BatchCache, taps: Sequence[Tap]
     ) -> Tensor:
-        """Feed `[rows, tokens]` token ids behind what `cache` stores.
+        """Feed each row of `cache` its next token ids; shorter lists are padded on the right.
 
-        Returns `[rows, vocab]` logits of the last column, in the model's dtype.
+        Returns `[rows, vocab]` logits of each row's last token (of the padding's first where a row
+        has none), in the model's dtype.
         """
         started = time.perf_counter()
-        ids = torch.tensor(token_ids, device=self.device)
-        tokens = ids.shape[1]
+        counts = [len(row) for row in token_ids]
+        tokens = max(counts)
+        ids = torch.tensor(
+            [[*row, *[0] * (tokens - len(row))] for row in token_ids], device=self.device
+        )
+        self._last = torch.tensor(counts, device=self.device).sub_(1).clamp_(min=0)
         mask, positions = cache.open(tokens)
         inputs: dict[str, object] = {"position_ids": positions} if self._takes_positions else {}
-        if self._keeps_logits:
-            inputs["logits_to_keep"] = 1
         if self._meter is not None:
             self._meter.begin([(tap.probe or 0, tap.alpha) for tap in taps])
-        with padded(cache.paddings):
+        with stored(cache.stored):
             logits = self._model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -78,28 +80,35 @@ class Forward:
                 use_cache=True,
                 **inputs,
             ).logits
-        cache.close(tokens)
+        self._last = None
+        cache.close(counts)
         self.seconds_total += time.perf_counter() - started
-        last: Tensor = logits[:, -1]
+        last: Tensor = logits[:, 0]
         return last
 
-    def readings(self, taps: Sequence[Tap], *, last: int) -> list[list[tuple[float, ...]]]:
-        """Head logits of the `last` columns of the pass that just ran: `[row][column]`.
+    def _pick(self, hidden: Tensor) -> Tensor:
+        """`[rows, tokens, hidden]` -> `[rows, 1, hidden]`: each row's last token."""
+        if self._last is None:
+            return hidden
+        return hidden[torch.arange(len(hidden), device=hidden.device), self._last][:, None]
+
+    def readings(self, taps: Sequence[Tap], *, columns: int) -> list[list[tuple[float, ...]]]:
+        """Head logits of the pass that just ran, which had `columns` columns: `[row][column]`.
 
         `()` for rows without a probe. The meter never breaks a step: if it fails, the readings are
         NaN ("not scored") and the failure is logged and counted.
         """
         meter = self._meter
         if meter is None or all(tap.probe is None for tap in taps):
-            return [[()] * last for _ in taps]
+            return [[()] * columns for _ in taps]
         started = time.perf_counter()
         parts = [slice(0) if tap.probe is None else meter.head_slice(tap.probe) for tap in taps]
         try:
-            table = meter.logits()[:, -last:].tolist()
+            table = meter.logits().tolist()
         except Exception:
             logger.exception("the meter failed; the tokens of this pass are not scored")
             self.failed_readings += 1
-            return [[(math.nan,) * (part.stop - (part.start or 0))] * last for part in parts]
+            return [[(math.nan,) * (part.stop - (part.start or 0))] * columns for part in parts]
         finally:
             self.seconds_total += time.perf_counter() - started
         return [
@@ -109,7 +118,7 @@ class Forward:
     def contributions(self, tap: Tap, *, row: int, column: int, k: int) -> tuple[Contribution, ...]:
         """Largest contributions to the token head in the pass whose readings were taken.
 
-        `column` counts from the end of the pass: -1 is the last.
+        `column` counts from the begin of the pass.
         """
         assert self._meter is not None
         assert tap.probe is not None

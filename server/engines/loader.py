@@ -33,7 +33,6 @@ DEFAULT_MODEL_LEN = {"cpu": 4096, "cuda": 16_384}
 # Prompt tokens that are read in one pass; running streams wait that long for their next token.
 PREFILL_TOKENS = {"cpu": 512, "cuda": 4096}
 # Caches that a batch of rows can live in. Others (recurrent states, chunks) need their own engine.
-_BATCHED_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def load_transformers_engine(
@@ -124,9 +123,8 @@ def _load_model(model_path: Path | str, revision: str | None, dtype: str | None)
             f"{model_path} lacks weights of {type(model).__name__} ({len(absent)}, first "
             f"{absent[0]}); they would be random: get the whole checkpoint"
         )
-    _refuse_other_caches(model)
     model.requires_grad_(False)
-    use_batch_attention(model)
+    _refuse_other_caches(model, masks_by_row=use_batch_attention(model))
     model.train(False)
     return model
 
@@ -163,9 +161,11 @@ def _refuse_code(model_path: Path | str, revision: str | None) -> None:
         )
 
 
-def _refuse_other_caches(model: PreTrainedModel) -> None:
+def _refuse_other_caches(model: PreTrainedModel, *, masks_by_row: bool) -> None:
+    """Windows need a mask that knows where each row stands, see server/engines/attention.py."""
     config = model.config.get_text_config(decoder=True)
-    kinds = set(get_layer_types_and_kwargs(config)[0]) - _BATCHED_LAYERS
+    batched = {"full_attention", "sliding_attention"} if masks_by_row else {"full_attention"}
+    kinds = set(get_layer_types_and_kwargs(config)[0]) - batched
     if kinds or model._is_stateful or config.is_encoder_decoder:
         kind = ", ".join(sorted(kinds)) or "a recurrent state"
         raise ModelError(

@@ -49,6 +49,12 @@ class Row:
         request = self.request
         return request.token_ids if isinstance(request, ScoreRequest) else request.prompt_token_ids
 
+    def score(self, found: Iterable[Reading]) -> None:
+        """Keep what a ScoreRequest wants of the readings of a pass."""
+        assert isinstance(self.request, ScoreRequest)
+        wanted = max(self.request.start - 1, 0)
+        self.readings += [reading for reading in found if reading.position >= wanted]
+
 
 class Scheduler:
     """The queue, the prompt that is being read, and the batch that decodes."""
@@ -126,58 +132,58 @@ class Scheduler:
         return _Prefill(chosen, self._forward)
 
     def _read_prompts(self, prefill: _Prefill) -> list[tuple[Row, Outcome]]:
-        """One pass over the next chunk; after the last one the rows write their first token."""
-        chunk = prefill.chunk(self._prefill_tokens)
-        taps = [row.tap for row in prefill.rows]
-        logits = self._forward(chunk, prefill.cache, taps)
-        scoring = any(isinstance(row.request, ScoreRequest) for row in prefill.rows)
-        if not (prefill.complete or scoring):
-            return []
-        width = len(chunk[0]) if scoring else 1
-        readings = self._readings(prefill.rows, prefill.cache, last=width)
-        for row, found in zip(prefill.rows, readings, strict=True):
-            if isinstance(row.request, ScoreRequest):
-                wanted = max(row.request.start - 1, 0)
-                row.readings += [reading for reading in found if reading.position >= wanted]
-        if not prefill.complete:
-            return []
+        """One pass over the next chunk; rows that it has read to the end write their first token.
 
-        self._prefill = None
-        writing = [i for i, row in enumerate(prefill.rows) if row.sampler and not row.aborted]
+        The others stay in `prefill`, which ends with its last row.
+        """
+        rows, chunk = list(prefill.rows), prefill.chunk(self._prefill_tokens)
+        logits = self._forward(chunk, prefill.cache, _taps(rows))
+        read = [i for i, row in enumerate(rows) if prefill.cache.lengths[i] == len(row.prompt)]
+        scoring = [i for i, row in enumerate(rows) if row.sampler is None]
+        if not (read or scoring):
+            return []
+        readings = self._readings(rows, prefill.cache, [len(part) for part in chunk])
+        for i in scoring:
+            rows[i].score(readings[i])
         outcomes: list[tuple[Row, Outcome]] = [
-            (row, tuple(row.readings)) for row in prefill.rows if row.sampler is None
+            (rows[i], tuple(rows[i].readings)) for i in read if rows[i].sampler is None
         ]
-        if not writing:
-            return outcomes
-        rows = [prefill.rows[i] for i in writing]
-        steps = self._write(rows, logits[writing], [readings[i] for i in writing])
-        going = [i for i, (_, step) in zip(writing, steps, strict=True) if _goes_on(step)]
-        if going:
-            self._cache.admit(prefill.cache, going)
-            self._rows += [prefill.rows[i] for i in going]
+        writing = [i for i in read if rows[i].sampler is not None and not rows[i].aborted]
+        steps = self._write(
+            [rows[i] for i in writing], logits[writing], [readings[i] for i in writing]
+        )
+        for i, (row, step) in zip(writing, steps, strict=True):
+            if _goes_on(step):
+                self._cache.admit(prefill.cache, i)
+                self._rows.append(row)
+        prefill.retire(read)
+        if not prefill.rows:
+            self._prefill = None
         return outcomes + steps
 
     def _decode(self) -> list[tuple[Row, Outcome]]:
         """Feed every row its last token; rows that are done leave the batch."""
         rows = list(self._rows)
         logits = self._forward([row.written[-1:] for row in rows], self._cache, _taps(rows))
-        outcomes = self._write(rows, logits, self._readings(rows, self._cache, last=1))
+        outcomes = self._write(rows, logits, self._readings(rows, self._cache, [1] * len(rows)))
         self._retire([row for row, outcome in outcomes if not _goes_on(outcome)])
         return outcomes
 
     def _readings(
-        self, rows: Sequence[Row], cache: BatchCache, *, last: int
+        self, rows: Sequence[Row], cache: BatchCache, counts: Sequence[int]
     ) -> list[list[Reading]]:
-        """Readings of the `last` columns, by row; none for padding and rows without a probe."""
+        """Readings of the `counts[row]` tokens that the pass has fed to each row.
+
+        None for rows without a probe; of a row that generates, the last one only.
+        """
         taps = _taps(rows)
-        table = self._forward.readings(taps, last=last)
+        table = self._forward.readings(taps, columns=max(counts))
         result: list[list[Reading]] = []
-        for index, (row, tap) in enumerate(zip(rows, taps, strict=True)):
+        for index, (row, tap, count) in enumerate(zip(rows, taps, counts, strict=True)):
             found: list[Reading] = []
-            for column in range(-last, 0) if tap.probe is not None else ():
-                position = cache.length(index) + column
-                if position < 0:
-                    continue
+            first = 0 if row.sampler is None else max(0, count - 1)
+            for column in range(first, count) if tap.probe is not None else ():
+                position = cache.lengths[index] - count + column
                 values = table[index][column]
                 k = row.request.contributors
                 shares: tuple[Contribution, ...] = ()
@@ -191,6 +197,8 @@ class Scheduler:
         self, rows: Sequence[Row], logits: Tensor, readings: Sequence[Sequence[Reading]]
     ) -> list[tuple[Row, Outcome]]:
         """Choose each row's next token from `logits` `[rows, vocab]`, or end the row."""
+        if not rows:
+            return []
         samplers = [row.sampler for row in rows if row.sampler is not None]
         assert len(samplers) == len(rows)
         finite = torch.isfinite(logits.sum(-1, dtype=torch.float32)).tolist()
@@ -229,27 +237,24 @@ class Scheduler:
 
 
 class _Prefill:
-    """Prompts that are read together, left-padded to the longest, chunk by chunk."""
+    """Prompts that are read together, chunk by chunk; a row leaves when it has been read."""
 
     def __init__(self, rows: list[Row], forward: Forward) -> None:
         self.rows = rows
-        self._columns = max(len(row.prompt) for row in rows)
-        pads = [self._columns - len(row.prompt) for row in rows]
-        self._token_ids = [
-            [0] * pad + list(row.prompt) for pad, row in zip(pads, rows, strict=True)
-        ]
-        self._done = 0
-        self.cache = forward.new_cache(pads)
+        self.cache = forward.new_cache(len(rows))
 
-    @property
-    def complete(self) -> bool:
-        return self._done == self._columns
+    def chunk(self, budget: int) -> list[tuple[int, ...]]:
+        """The next tokens of every row, at most `budget` over all rows."""
+        start = self.cache.lengths[0]  # all rows are read equally far: none ends and stays
+        stop = start + max(1, budget // len(self.rows))
+        return [row.prompt[start:stop] for row in self.rows]
 
-    def chunk(self, budget: int) -> list[list[int]]:
-        """The next columns, at most `budget` tokens over all rows."""
-        start = self._done
-        self._done = min(self._columns, start + max(1, budget // len(self.rows)))
-        return [ids[start : self._done] for ids in self._token_ids]
+    def retire(self, indices: Sequence[int]) -> None:
+        """Drop the rows at `indices`."""
+        for index in sorted(indices, reverse=True):
+            self.cache.retire(index)
+            self.rows[index] = self.rows[-1]
+            self.rows.pop()
 
 
 def _taps(rows: Sequence[Row]) -> list[Tap]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as hf
 
-from server.engines.attention import NAME, attend, padded, use_batch_attention
+from server.engines.attention import BLOCK, NAME, attend, use_batch_attention
 from server.engines.cache import COLUMN_STEP
 from server.engines.forward import Forward, Tap
 
@@ -74,20 +74,23 @@ def test_rows_that_come_and_go_compute_what_they_compute_alone(family):
     use_batch_attention(model)
     forward = Forward(model, None)
     prompts = [random_tokens(count, seed) for seed, count in enumerate((50, 1, 7, 33))]
-    columns = max(map(len, prompts))
-    padded = [[0] * (columns - len(prompt)) + prompt for prompt in prompts]
     with torch.inference_mode():
-        read = forward.new_cache([columns - len(prompt) for prompt in prompts])
-        for start in range(0, columns, 20):  # the chunks of a long prompt
-            logits = forward([row[start : start + 20] for row in padded], read, [TAP] * 4)
+        read = forward.new_cache(4)
+        logits = forward(prompts, read, [TAP] * 4)
         assert_as_alone(logits, plain, prompts)
+        chunked = forward.new_cache(2)
+        for start in range(0, 50, 20):  # the chunks of a long prompt
+            logits = forward([prompts[0][start : start + 20]] * 2, chunked, [TAP] * 2)
+        assert_as_alone(logits, plain, [prompts[0]] * 2)
 
         cache = forward.new_cache()
-        cache.admit(read, [1, 2])
+        cache.admit(read, 1)
+        cache.admit(read, 2)
         rows = [list(prompts[1]), list(prompts[2])]
         for step in range(24):
             if step == 5:  # longer than all that is stored
-                cache.admit(read, [0, 3])
+                cache.admit(chunked, 1)
+                cache.admit(read, 3)
                 rows += [list(prompts[0]), list(prompts[3])]
             if step in (9, 14):  # the longest leaves, the last takes its place
                 longest = max(range(len(rows)), key=lambda row: len(rows[row]))
@@ -97,7 +100,7 @@ def test_rows_that_come_and_go_compute_what_they_compute_alone(family):
             for row, token in zip(rows, random_tokens(len(rows), 100 + step), strict=True):
                 row.append(token)
             logits = forward([row[-1:] for row in rows], cache, [TAP] * len(rows))
-            assert [cache.length(row) for row in range(len(rows))] == [len(row) for row in rows]
+            assert cache.lengths == [len(row) for row in rows]
             if step % 4 == 1:
                 assert_as_alone(logits, plain, rows)
 
@@ -127,33 +130,26 @@ def test_grouped_attention_is_that_of_the_library(masked):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("tokens", [1, 5, 40])
-def test_a_padded_row_attends_as_if_it_were_alone_to_the_last_bit(tokens):
-    """In bfloat16 masked padding moves readings by 0.1 of a fitted probe's logit (measured)."""
+def test_padding_behind_a_row_changes_no_bit_of_its_attention(tokens, dtype):
+    """In bfloat16 one rounding moves readings by 0.1 of a fitted probe's logit (measured): padding
+    on the left, or up to another number of columns than whole vectors, does that."""
     torch.manual_seed(2)
-    stored, paddings = 60, [0, 13, 37, 58]
-    before = stored - tokens
-    query = torch.randn(4, 6, tokens, 8).bfloat16()
-    key, value = (torch.randn(4, 2, stored, 8).bfloat16() for _ in range(2))
-    columns, positions = torch.arange(stored), torch.arange(before, stored)
-    causal = (columns[None, :] <= positions[:, None])[None, None]
-    mask = causal & (columns >= torch.tensor(paddings)[:, None])[:, None, None]
     module = torch.nn.Module()
     module.num_key_value_groups = 3
-    with padded(paddings):
-        together, _ = attend(module, query, key, value, mask, scaling=0.3)
-    for row, padding in enumerate(paddings):
-        skip = max(0, padding - before)
-        one = slice(row, row + 1)
-        alone, _ = attend(
-            module,
-            query[one, :, skip:],
-            key[one, :, padding:],
-            value[one, :, padding:],
-            causal[:, :, skip:, padding:],
-            scaling=0.3,
+    for stored in (tokens, 47, 48, 60, 130):
+        query = torch.randn(1, 6, tokens, 8, dtype=dtype)
+        key, value = (torch.randn(1, 2, 1024, 8, dtype=dtype) for _ in range(2))
+        allowed = torch.arange(1024) <= torch.arange(stored - tokens, stored)[:, None]
+        mask = torch.zeros(tokens, 1024, dtype=dtype).masked_fill(~allowed, -torch.inf)[None, None]
+        key[:, :, stored:] = value[:, :, stored:] = 0
+        alone, together, more = (
+            attend(module, query, key[:, :, :n], value[:, :, :n], mask[..., :n], scaling=0.3)[0]
+            for n in (-(-stored // BLOCK) * BLOCK, -(-stored // BLOCK) * BLOCK + 3 * BLOCK, 1024)
         )
-        assert torch.equal(together[one, skip:], alone)
+        assert torch.equal(alone, together)
+        assert torch.equal(alone, more)
 
 
 def test_what_is_stored_survives_growing_and_trimming():
@@ -163,13 +159,13 @@ def test_what_is_stored_survives_growing_and_trimming():
     with torch.inference_mode():
         cache = forward.new_cache()
         row = random_tokens(COLUMN_STEP - 3, 1)
-        read = forward.new_cache([0])
+        read = forward.new_cache(1)
         forward([row], read, [TAP])
-        cache.admit(read, [0])
+        cache.admit(read, 0)
         for _ in range(5):  # one long row holds the columns of five short ones, and then leaves
-            short = forward.new_cache([0])
+            short = forward.new_cache(1)
             forward([[5, 6]], short, [TAP])
-            cache.admit(short, [0])
+            cache.admit(short, 0)
         rows = [row] + [[5, 6] for _ in range(5)]
         for step in range(6):
             for row, token in zip(rows, random_tokens(len(rows), step), strict=True):
@@ -178,7 +174,8 @@ def test_what_is_stored_survives_growing_and_trimming():
         assert_as_alone(logits, plain, rows)
         cache.retire(0)
         rows[0] = rows.pop()
-        assert cache.end - cache.start == len(rows[0])
+        cache.open(1)
+        assert cache.columns == BLOCK
 
 
 def test_a_poisoned_row_leaves_nothing_to_the_next_in_its_place():
@@ -186,21 +183,21 @@ def test_a_poisoned_row_leaves_nothing_to_the_next_in_its_place():
     plain = make_model("llama")
     forward = Forward(plain, None)
     with torch.inference_mode():
-        healthy, poisoned = forward.new_cache([0]), forward.new_cache([0])
+        healthy, poisoned = forward.new_cache(1), forward.new_cache(1)
         forward([random_tokens(40, 1)], healthy, [TAP])
         forward([random_tokens(40, 2)], poisoned, [TAP])
         for layer in poisoned._layers:
             layer.keys[:] = torch.nan
             layer.values[:] = torch.nan
         cache = forward.new_cache()
-        cache.admit(healthy, [0])
-        cache.admit(poisoned, [0])
+        cache.admit(healthy, 0)
+        cache.admit(poisoned, 0)
         row = [*random_tokens(40, 1), 7]
         logits = forward([row[-1:], [7]], cache, [TAP] * 2)
         assert_as_alone(logits[:1], plain, [row])
         cache.retire(1)
-        short = forward.new_cache([0])
+        short = forward.new_cache(1)
         forward([[9, 8, 7]], short, [TAP])
-        cache.admit(short, [0])
+        cache.admit(short, 0)
         rows = [[*row, 11], [9, 8, 7, 12]]
         assert_as_alone(forward([[11], [12]], cache, [TAP] * 2), plain, rows)

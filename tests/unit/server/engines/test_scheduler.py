@@ -23,7 +23,7 @@ class WatchedForward(Forward):
         self.poison: int | None = None
 
     def __call__(self, token_ids: Any, cache: Any, taps: Sequence[Tap]) -> torch.Tensor:
-        self.passes.append((len(token_ids), len(token_ids[0])))
+        self.passes.append((len(token_ids), max(map(len, token_ids))))
         logits = super().__call__(token_ids, cache, taps).clone()
         for row, ids in enumerate(token_ids):
             if ids[-1] == self.poison:
