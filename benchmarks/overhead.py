@@ -1,11 +1,13 @@
 """What monitoring costs, and what batching gains: tokens/s of the transformers engine.
 
-    python benchmarks/overhead.py [demo | FOLDER | HUB-ID] [--probe PATH] [--rounds 5] [--tokens 64]
+    python benchmarks/overhead.py [demo | FOLDER | HUB-ID] [--probe PATH] [--rounds N] [--tokens N]
 
 Three contestants take turns, so that a change of the machine's load hits them alike: the engine
 without a probe, the engine with one that reads every token, and the library's own padded
 `generate`. All write the same number of greedy tokens for the same prompts. Reported are medians
-over the rounds, and ratios as medians of each round's ratio. The last line is one JSON object.
+over the rounds, and ratios as medians of each round's ratio, with their quartiles: where these lie
+on both sides of 0 the difference is noise. The same per CPU second of the process, which other
+work on the machine disturbs less. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import typer
@@ -97,8 +99,22 @@ def make_prompts(batch: int, vocab_size: int) -> list[list[int]]:
     ]
 
 
-def run_engine(engine: TransformersEngine, prompts: list[list[int]], tokens: int) -> float:
-    """Seconds until the last of the concurrent streams has ended."""
+class Spent(NamedTuple):
+    """What a run took, in seconds."""
+
+    wall: float
+    cpu: float
+
+
+def timed(run: Callable[[int], None], tokens: int) -> Spent:
+    """Of one run; CPU seconds are those of all threads."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    run(tokens)
+    return Spent(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def run_engine(engine: TransformersEngine, prompts: list[list[int]], tokens: int) -> None:
+    """All streams at once, until the last has ended."""
     probe = engine.probes[0].card.name if engine.probes else None
 
     async def stream(number: int, prompt: list[int]) -> None:
@@ -115,17 +131,14 @@ def run_engine(engine: TransformersEngine, prompts: list[list[int]], tokens: int
     async def streams() -> None:
         await asyncio.gather(*(stream(*entry) for entry in enumerate(prompts)))
 
-    started = time.perf_counter()
     asyncio.run(streams())
-    return time.perf_counter() - started
 
 
-def run_generate(model: PreTrainedModel, prompts: list[list[int]], tokens: int) -> float:
-    """Seconds of one padded `generate` of the library."""
+def run_generate(model: PreTrainedModel, prompts: list[list[int]], tokens: int) -> None:
+    """One padded `generate` of the library."""
     columns = max(map(len, prompts))
     ids = torch.tensor([[0] * (columns - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (columns - len(p)) + [1] * len(p) for p in prompts])
-    started = time.perf_counter()
     model.generate(  # type: ignore[operator]
         ids.to(model.device),
         attention_mask=mask.to(model.device),
@@ -134,7 +147,6 @@ def run_generate(model: PreTrainedModel, prompts: list[list[int]], tokens: int) 
         max_new_tokens=tokens,
         pad_token_id=0,
     )
-    return time.perf_counter() - started
 
 
 def main(
@@ -142,8 +154,8 @@ def main(
     probe: Annotated[
         Path | None, typer.Option(help="a fitted probe instead of 100 neurons")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1)] = 5,
-    tokens: Annotated[int, typer.Option(min=2)] = 64,
+    rounds: Annotated[int, typer.Option(min=2)] = 15,
+    tokens: Annotated[int, typer.Option(min=2)] = 32,
 ) -> None:
     """Measure and print."""
     path = ensure_demo_model() if model == "demo" else model
@@ -152,10 +164,10 @@ def main(
     chosen = Probe.load(probe) if probe else synthetic_probe(plain, off.card.identity)
     on = load_transformers_engine(path, model_id=model, probes=[chosen])
 
-    rates: dict[tuple[int, str], list[float]] = {}
+    spent: dict[tuple[int, str], list[Spent]] = {}
     for batch in BATCHES:
         prompts = make_prompts(batch, off.card.vocab_size)
-        runs: dict[str, Callable[[int], float]] = {
+        runs: dict[str, Callable[[int], None]] = {
             "off": partial(run_engine, off, prompts),
             "on": partial(run_engine, on, prompts),
             "generate": partial(run_generate, plain, prompts),
@@ -165,33 +177,44 @@ def main(
         for turn in range(rounds):
             order = list(runs) if turn % 2 == 0 else list(runs)[::-1]
             for name in order:
-                seconds = runs[name](tokens)
-                rates.setdefault((batch, name), []).append(batch * tokens / seconds)
+                spent.setdefault((batch, name), []).append(timed(runs[name], tokens))
     health = on.health()
     for engine in (off, on):
         asyncio.run(engine.aclose())
 
-    def ratio(batch: int, above: str, below: str) -> float:
-        pairs = zip(rates[batch, above], rates[batch, below], strict=True)
-        return statistics.median(a / b for a, b in pairs)
+    def speed(batch: int, name: str) -> float:
+        return statistics.median(batch * tokens / run.wall for run in spent[batch, name])
 
-    head = ("streams", "off tok/s", "on tok/s", "overhead", "generate tok/s", "on/generate")
-    print("".join(f"{title:>15}" for title in head))
+    def gain(batch: int, below: str, clock: str) -> tuple[float, float, float]:
+        """Tokens/s with the probe over those of `below`: quartile, median, quartile of rounds."""
+        pairs = zip(spent[batch, "on"], spent[batch, below], strict=True)
+        ratios = [getattr(b, clock) / getattr(a, clock) for a, b in pairs]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        return low, middle, high
+
+    head = ("streams", "off tok/s", "on tok/s", "generate tok/s", "on/off", "on/generate")
+    print("".join(f"{title:>16}" for title in head))
     rows = []
     for batch in BATCHES:
-        row = {
-            "streams": batch,
-            **{f"{k}_tokens_per_s": statistics.median(rates[batch, k]) for k in runs},
-            "overhead": 1 - ratio(batch, "on", "off"),
-            "on_versus_generate": ratio(batch, "on", "generate"),
+        row: dict[str, object] = {"streams": batch}
+        row |= {f"{name}_tokens_per_s": speed(batch, name) for name in runs}
+        row |= {
+            f"on_versus_{below}{'_cpu' if clock == 'cpu' else ''}": gain(batch, below, clock)
+            for below in ("off", "generate")
+            for clock in Spent._fields
         }
         rows.append(row)
-        print(
-            f"{batch:>15}{row['off_tokens_per_s']:>15.1f}{row['on_tokens_per_s']:>15.1f}"
-            f"{row['overhead']:>15.1%}{row['generate_tokens_per_s']:>15.1f}"
-            f"{row['on_versus_generate']:>15.2f}"
-        )
-    low, high = (statistics.median(rates[batch, "on"]) for batch in (BATCHES[0], BATCHES[-1]))
+        print(f"{batch:>16}" + "".join(f"{speed(batch, name):>16.1f}" for name in runs), end="")
+        for below in ("off", "generate"):
+            print(f"{gain(batch, below, 'wall')[1]:>16.3f}", end="")
+        print()
+        for below in ("off", "generate"):
+            for clock in Spent._fields:
+                low, middle, high = gain(batch, below, clock)
+                print(
+                    f"    per {clock} second against {below}: {middle:.3f} [{low:.3f}, {high:.3f}]"
+                )
+    low, high = (speed(batch, "on") for batch in (BATCHES[0], BATCHES[-1]))
     share = health.meter_seconds_total / health.forward_seconds_total
     print(f"{BATCHES[-1]} streams write {high / low:.1f} times the tokens of one; the meter's own")
     print(f"clocks say {share:.1%} of the forward passes; load average {os.getloadavg()[0]:.1f}")
