@@ -50,10 +50,29 @@ MaxTokens = Annotated[
     int | None, typer.Option(min=1, help="longest answer (default: by the style of the question)")
 ]
 InFlight = Annotated[int, typer.Option(min=1, help="requests at a time")]
-Agree = Annotated[int, typer.Option(min=1, help="samples of a question that must agree")]
-WrongPerRight = Annotated[
-    float, typer.Option(min=0, help="wrong answers kept per right one of a group; 0: all")
+JudgeName = Annotated[
+    str,
+    typer.Option(
+        "--judge",
+        help="alias (whole words), exact, regex; llm: a model behind --judge-url; nli: an "
+        "inference model on this machine",
+    ),
 ]
+Spans = Annotated[str, typer.Option(help="how claims are found: rule, or llm")]
+JudgeURL = Annotated[
+    str | None, typer.Option(help="OpenAI-compatible server of llm; its key: $JUDGE_API_KEY")
+]
+JudgeModel = Annotated[
+    str | None, typer.Option(help="as --judge-url names it; for nli a folder or ID[@REVISION]")
+]
+Agree = Annotated[
+    int | None, typer.Option(min=1, help="samples of a question that must agree (default 1)")
+]
+WrongPerRight = Annotated[
+    float | None,
+    typer.Option(min=0, help="wrong answers kept per right one of a group; 0: all (default 1.5)"),
+]
+RightPerWrong = Annotated[float | None, typer.Option(min=0, help="the other way round (default 0)")]
 Position = Annotated[str, typer.Option(help="read or write: which pass a token is scored in")]
 Dtype = Annotated[str, typer.Option(help="of stored features: float16, bfloat16, float32")]
 Transfer = Annotated[
@@ -134,19 +153,37 @@ def label(
     model: Model,
     out: Run,
     revision: Revision = None,
-    agree: Agree = 1,
-    wrong_per_right: WrongPerRight = 1.5,
+    paper: Paper = False,
+    judge: JudgeName = "alias",
+    spans: Spans = "rule",
+    judge_url: JudgeURL = None,
+    judge_model: JudgeModel = None,
+    agree: Agree = None,
+    wrong_per_right: WrongPerRight = None,
+    right_per_wrong: RightPerWrong = None,
+    in_flight: InFlight = 32,
 ) -> None:
     """Judge the answers and find the tokens of their claims."""
-    from offline.label import label_answers
+    from offline import label as verb
     from offline.models import load_tokenizer
 
-    label_answers(
+    settings = verb.label_settings(
+        paper,
+        judge=judge,
+        spans=spans,
+        judge_url=judge_url,
+        judge_model=judge_model,
+        agree=agree,
+        wrong_per_right=wrong_per_right,
+        right_per_wrong=right_per_wrong,
+        in_flight=in_flight,
+    )
+    verb.label_answers(
         out / "answers.jsonl",
         out / "labels.jsonl",
         tokenizer=load_tokenizer(model, revision=revision),
-        agree=agree,
-        wrong_per_right=wrong_per_right,
+        settings=settings,
+        api_key=os.environ.get("JUDGE_API_KEY"),
     )
 
 
@@ -266,8 +303,13 @@ def train(
     top_k: TopK = None,
     max_tokens: MaxTokens = None,
     in_flight: InFlight = 32,
-    agree: Agree = 1,
-    wrong_per_right: WrongPerRight = 1.5,
+    judge: JudgeName = "alias",
+    spans: Spans = "rule",
+    judge_url: JudgeURL = None,
+    judge_model: JudgeModel = None,
+    agree: Agree = None,
+    wrong_per_right: WrongPerRight = None,
+    right_per_wrong: RightPerWrong = None,
     position: Position = "read",
     dtype: Dtype = "float16",
     transfer: Transfer = None,
@@ -281,7 +323,10 @@ def train(
         model, out, questions, base_url, revision, paper, samples, temperature, top_p, top_k,
         max_tokens, seed, in_flight,
     )  # fmt: skip
-    label(model, out, revision, agree, wrong_per_right)
+    label(
+        model, out, revision, paper, judge, spans, judge_url, judge_model, agree,
+        wrong_per_right, right_per_wrong, in_flight,
+    )  # fmt: skip
     extract(model, out, revision, position, dtype)
     fit(out, transfer, solver, max_neurons, seed)
     evaluate(out)

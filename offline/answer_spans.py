@@ -8,12 +8,11 @@ ones. Offsets are characters, so apostrophes, quotes and accents cost nothing.
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from offline.judge import Word, find_alias, words
+from offline.judge import Alias, evades, find_alias, first_sentence
+from offline.words import new_words, words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,19 +20,7 @@ if TYPE_CHECKING:
 CharSpan = tuple[int, int]  # half-open, Unicode code points
 
 MAX_WRONG_WORDS = 6  # more words than this are prose, not an answer
-_SENTENCE_END = re.compile(r"[.!?](?=\s)|\n")
-_ABBREVIATION = re.compile(r"\b[A-Z]\w{0,2}$")
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-
-STOP_WORDS = frozenset(
-    """a an the this that these those it its he she they them his her their i you we my your our
-    and or but nor so yet if then than as of in on at by for from to into with about over under
-    between during after before is are was were be been being am has have had do does did will
-    would can could may might must shall should not no yes also only both which who whom whose what
-    when where why how there here all any each some such more most other another same very just
-    answer question sentence word words missing following correct called known named located one
-    first respectively based considered used found mr mrs dr""".split()  # noqa: SIM905
-)
 
 
 class Located(NamedTuple):
@@ -43,18 +30,21 @@ class Located(NamedTuple):
     judged_until: int  # characters before this are the claim or its scaffold
 
 
-def locate_right(text: str, aliases: Sequence[tuple[str, ...]]) -> Located | None:
+def locate_right(text: str, aliases: Sequence[Alias]) -> Located | None:
     """The gold alias in a right answer."""
     span = find_alias(text, aliases)
     return None if span is None else Located((span,), span[1])
 
 
 def locate_wrong(text: str, question: str, gold: Sequence[str]) -> Located | None:
-    """The claim of a wrong answer; None when nothing in it can be told from its scaffold."""
+    """The claim of a wrong answer; None when it evades, or when nothing in it can be told from its
+    scaffold."""
+    if evades(text, question):
+        return None
     sentence = first_sentence(text)
-    claimed = _new_words(words(sentence), question)
-    if any(_is_named(word.text) for alias in gold for word in words(alias)[-1:]):
-        claimed = [word for word in claimed if _is_named(word.text)] or claimed
+    claimed = new_words(words(sentence), question)
+    if any(word.is_named for alias in gold for word in words(alias)[-1:]):
+        claimed = [word for word in claimed if word.is_named] or claimed
     if not claimed or len(claimed) > MAX_WRONG_WORDS:
         return None
     return Located(tuple((word.start, word.stop) for word in claimed), claimed[-1].stop)
@@ -63,7 +53,7 @@ def locate_wrong(text: str, question: str, gold: Sequence[str]) -> Located | Non
 def scaffold(text: str, question: str, located: Located) -> tuple[CharSpan, ...]:
     """Words that repeat the question or join its parts: they claim nothing. Before the end of the
     claim only; what a model adds after it may be false and was not judged."""
-    new = {word.start for word in _new_words(words(text), question)}
+    new = {word.start for word in new_words(words(text), question)}
     return tuple(
         (word.start, word.stop)
         for word in words(text)
@@ -80,18 +70,6 @@ def closing(offsets: Sequence[CharSpan], text: str, located: Located) -> tuple[i
     return tuple(
         i for i, (start, stop) in enumerate(offsets) if located.judged_until <= start < stop <= end
     )
-
-
-def first_sentence(text: str) -> str:
-    """Up to the stop or line break that ends the first sentence.
-
-    A stop after a capitalised word of one to three letters is taken for an abbreviation ("St.").
-    """
-    lead = len(text) - len(text.lstrip())
-    for match in _SENTENCE_END.finditer(text, lead):
-        if match[0] != "." or not _ABBREVIATION.search(text, 0, match.start()):
-            return text[: match.start()]
-    return text
 
 
 def token_offsets(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[CharSpan]:
@@ -122,23 +100,3 @@ def overlapping(offsets: Sequence[CharSpan], spans: Sequence[CharSpan]) -> tuple
         for i, (start, stop) in enumerate(offsets)
         if any(start < span_stop and span_start < stop for span_start, span_stop in spans)
     )
-
-
-def _new_words(found: Sequence[Word], question: str) -> list[Word]:
-    """Words that are no stop words and that the question has not given.
-
-    Each word of the question covers one occurrence: in "The country of Luxor is Luxor" the second
-    "Luxor" is the claim.
-    """
-    given = Counter(word.key for word in words(question))
-    new: list[Word] = []
-    for word in found:
-        if given[word.key] > 0:
-            given[word.key] -= 1
-        elif word.key not in STOP_WORDS:
-            new.append(word)
-    return new
-
-
-def _is_named(word: str) -> bool:
-    return word[0].isupper() or word[0].isdigit()

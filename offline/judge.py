@@ -1,109 +1,267 @@
-"""Is an answer right, wrong, or no answer: normalised whole-word comparison with the gold aliases.
+"""Is an answer right, wrong, or neither: rules that need no model.
 
-Words are compared without case, accents and punctuation, always whole: the alias "us" is not in
-"Russia". Aliases that occur in the question are taken out first, or repeating the question would
-be right (188 of 3,495 TriviaQA questions have such an alias). Model-free and deterministic.
+The alias rule compares whole words with the accepted answers. It decides only what it can tell and
+says why where it cannot: wrong answers are plenty, and a wrong label costs more than a lost one.
+A judge that asks a model is in judge_by_model.py.
 """
 
 from __future__ import annotations
 
 import re
-import unicodedata
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
-from offline.records import Verdict
+from offline.records import RecordError, Verdict
+from offline.words import APOSTROPHE, Word, akin, new_words, occurrences, words
 
-APOSTROPHE = "\N{RIGHT SINGLE QUOTATION MARK}"
+Alias = tuple[str, ...]
 
-_WORD = re.compile(rf"[^\W_]+(?:['{APOSTROPHE}][^\W_]+)*")
+ABSTAINED = "declines to answer"
+NO_ALIAS = "no accepted answer that the question does not contain"
+NEAR = "shares words with an accepted answer"
+HEDGED = "names an accepted answer as one of several"
+DENIED = "names an accepted answer and denies it"
+PART = "names an accepted answer as part of a longer name"
+LATE = "names an accepted answer after it has answered otherwise"
 
 # First-person refusals and non-answers. A bare "cannot" is no abstention: "Penguins cannot fly".
 _ABSTENTIONS = re.compile(
-    r"""\b(?: i \s (?:do \s not|don't) \s (?:know|have|understand)
+    r"""\b(?: i \s (?:do \s not|don't|have \s no) \s? (?:know|have|understand|idea|information)
           | i (?:'m|\s am) \s (?:not \s (?:sure|certain|aware|able|familiar)|un(?:sure|able)|afraid)
           | (?:i|we) \s (?:cannot|can't|could \s not|couldn't|can \s not)
-          | (?:i'm|i \s am)? \s? sorry \b
+          | (?:i'm|i \s am|we're|we \s are) \s sorry
           | as \s an \s (?:ai|artificial)
-          | (?:is|are|was) \s (?:unknown|unclear)
-          | no \s (?:information|answer|data) \s (?:is|was|available|about|on)
+          | (?:is|are|was) \s (?:unknown|unclear|uncertain)
+          | no \s (?:information|answer|data|idea) \b (?! \s (?:centre|center|science))
           | not \s enough \s information
-        )""",
+        ) | ^ \W* sorry \s? (?: [,.!] | but \b | $ )""",
     re.VERBOSE,
 )
-# "The country of Caen is not a place" names no answer; frequent in small models.
+# "The country of Caen is not a place" claims nothing; frequent in small models.
 _EVASION = re.compile(r"\b(?:is|are|was|were)(?: not|n't)\b")
+_DENIALS = frozenset(("not", "never", "nor", "without", "unlike", "than", "instead"))
+_SENTENCE_END = re.compile(r"[.!?](?=\s)|\n")
+_ABBREVIATION = re.compile(r"\b[A-Z]\w{0,2}$")
 
 
-class Word(NamedTuple):
-    """A word of a text: as compared, as written, and where `[start, stop)` in characters."""
+class Case(NamedTuple):
+    """What a judge sees of an answer."""
 
-    key: str
+    id: str
+    question: str
+    gold: tuple[str, ...]
     text: str
-    start: int
-    stop: int
 
 
-def words(text: str) -> list[Word]:
-    """The words of `text` in order; offsets are Unicode code points."""
-    return [Word(_key(m[0]), m[0], m.start(), m.end()) for m in _WORD.finditer(text)]
+class Judgement(NamedTuple):
+    """`reason` says why a verdict is neither right nor wrong."""
+
+    verdict: Verdict
+    reason: str = ""
 
 
-def usable_aliases(gold: Iterable[str], question: str) -> list[tuple[str, ...]]:
-    """Gold answers as word keys, without those that the question itself contains.
+class Judge(Protocol):
+    """Judges answers to questions that have accepted answers."""
 
-    One- and two-letter aliases stay only in capitals ("US", "A"); `find_alias` then compares case.
+    name: str  # stands in labels.jsonl and in the card
+
+    def judge(self, cases: Sequence[Case]) -> list[Judgement]:
+        """One judgement per case, in order."""
+        ...
+
+
+class RuleJudge:
+    """`alias`, `exact` or `regex`: a rule applied to one answer after the other."""
+
+    def __init__(self, rule: str) -> None:
+        self._rule = RULES[rule]
+        self.name = f"{rule} match"
+
+    def judge(self, cases: Sequence[Case]) -> list[Judgement]:
+        return [self._rule(case) for case in cases]
+
+
+def by_alias(case: Case) -> Judgement:
+    """Right when an accepted answer stands in the text as whole words and nothing there takes it
+    back; wrong when the text evades, or claims something that is not even near one."""
+    if refuses(case.text):
+        return Judgement("abstained", ABSTAINED)
+    aliases = usable_aliases(case.gold, case.question)
+    if not aliases:
+        return Judgement("unjudged", NO_ALIAS)
+    found = words(case.text)
+    spans = list(_alias_words(found, aliases))
+    if not spans:
+        evasive = evades(case.text, case.question)
+        near = not evasive and any(_is_near(found, case.question, alias) for alias in aliases)
+        return Judgement("unjudged", NEAR) if near else Judgement("wrong")
+    standing = [(start, stop) for start, stop in spans if not _is_denied(found, start)]
+    if not standing:
+        return Judgement("unjudged", DENIED)
+    alone = [span for span in standing if not _is_part_of_a_name(case, found, *span)]
+    if not alone:
+        return Judgement("unjudged", PART)
+    start, stop = min(alone, key=lambda span: (span[0], -span[1]))
+    if _is_one_of_several(found, start, stop):
+        return Judgement("unjudged", HEDGED)
+    end = len(first_sentence(case.text))
+    if found[start].start >= end and new_words(words(case.text[:end]), case.question):
+        return Judgement("unjudged", LATE)
+    return Judgement("right")
+
+
+def by_exact(case: Case) -> Judgement:
+    """Right when the whole answer, without articles and the like around it, is an accepted one."""
+    if refuses(case.text):
+        return Judgement("abstained", ABSTAINED)
+    said = _bare(words(case.text))
+    return Judgement("right" if any(said == _bare(words(a)) for a in case.gold) else "wrong")
+
+
+def by_regex(case: Case) -> Judgement:
+    """Right when one of the accepted answers, read as a pattern, is found in the text."""
+    if refuses(case.text):
+        return Judgement("abstained", ABSTAINED)
+    for pattern in case.gold:
+        try:
+            if re.search(pattern, case.text, re.IGNORECASE):
+                return Judgement("right")
+        except re.error as exc:
+            raise RecordError(f"answer {case.id!r}: {pattern!r} is no pattern: {exc}") from exc
+    return Judgement("wrong")
+
+
+RULES = {"alias": by_alias, "exact": by_exact, "regex": by_regex}
+
+
+def refuses(text: str) -> bool:
+    """The text says nothing, or that it does not know: neither right nor wrong."""
+    return not words(text) or bool(_ABSTENTIONS.search(_plain(text)))
+
+
+def evades(text: str, question: str) -> bool:
+    """The text answers, but names nothing: it denies the question ("is not a place") or says no
+    more than it ("The sport of X is a sport", "The genre of X is a genre of music"). That is wrong
+    without a claim. A name said again does claim: "The country of Luxor is Luxor"."""
+    opening = first_sentence(text)
+    asked = {word.key for word in words(question)}
+    new = new_words(words(opening), question)
+    again = any(word.key in asked and not word.is_named for word in new)
+    names = any(word.key not in asked and word.is_named for word in new)
+    return not new or (again and not names) or bool(_EVASION.search(_plain(opening)))
+
+
+def usable_aliases(gold: Iterable[str], question: str) -> list[Alias]:
+    """Accepted answers as word keys, without those that the question itself contains: repeating
+    the question would be right.
+
+    One- and two-letter aliases stay only in capitals ("US", "A"), and are then found in capitals.
     """
     asked = [word.key for word in words(question)]
-    usable: list[tuple[str, ...]] = []
-    for alias in gold:
-        parts = words(alias)
-        keys = tuple(word.key for word in parts)
-        short = len(alias.strip()) <= 2 and alias.strip().isascii() and alias.strip().isalpha()
-        if not keys or _find(asked, keys) is not None or (short and not alias.strip().isupper()):
+    usable: list[Alias] = []
+    for text in gold:
+        parts = words(text)
+        if len(parts) > 1 and parts[0].key in ("the", "a", "an"):
+            lower = parts[0].text.islower() or not any(part.is_named for part in parts[1:])
+            parts = parts[1:] if lower else parts  # "the SAP Center", but The Who
+        keys = tuple(part.key for part in parts)
+        short = len(keys) == 1 and len(keys[0]) <= 2 and keys[0].isascii() and keys[0].isalpha()
+        if not keys or any(occurrences(asked, keys)) or (short and not parts[0].text.isupper()):
             continue
-        usable.append((parts[0].text,) if short else keys)
+        usable.append((_capitals(parts[0]),) if short else keys)
     return usable
 
 
-def find_alias(text: str, aliases: Sequence[tuple[str, ...]]) -> tuple[int, int] | None:
-    """Characters `[start, stop)` of the first alias in `text`, of several there the longest."""
+def find_alias(text: str, aliases: Sequence[Alias]) -> tuple[int, int] | None:
+    """Characters `[start, stop)` of the first alias in `text`, of several there the longest; one
+    that is denied only when no other stands there."""
     found = words(text)
+    spans = list(_alias_words(found, aliases))
+    if not spans:
+        return None
+    start, stop = min(spans, key=lambda s: (_is_denied(found, s[0]), s[0], -s[1]))
+    return found[start].start, found[stop - 1].stop
+
+
+def first_sentence(text: str) -> str:
+    """Up to the stop or line break that ends the first sentence.
+
+    A stop after a capitalised word of one to three letters is taken for an abbreviation ("St.").
+    """
+    lead = len(text) - len(text.lstrip())
+    for match in _SENTENCE_END.finditer(text, lead):
+        if match[0] != "." or not _ABBREVIATION.search(text, 0, match.start()):
+            return text[: match.start()]
+    return text
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.replace(APOSTROPHE, "'").casefold().split())
+
+
+def _alias_words(found: Sequence[Word], aliases: Sequence[Alias]) -> Iterator[tuple[int, int]]:
+    """Word indices `[start, stop)` of every alias in the text."""
     keys = [word.key for word in found]
-    written = [word.text for word in found]
-    best: tuple[int, int] | None = None
+    written = [_capitals(word) for word in found]
     for alias in aliases:
-        capitals = len(alias) == 1 and len(alias[0]) <= 2 and alias[0].isupper()
-        at = _find(written if capitals else keys, alias)
-        if at is not None:
-            start, stop = found[at].start, found[at + len(alias) - 1].stop
-            if best is None or (start, -stop) < (best[0], -best[1]):
-                best = (start, stop)
-    return best
+        for start in occurrences(written if alias[0].isupper() else keys, alias):
+            yield start, start + len(alias)
 
 
-def abstains(text: str) -> bool:
-    """The text refuses or evades: it gives no answer that could be right or wrong."""
-    plain = " ".join(text.replace(APOSTROPHE, "'").casefold().split())
-    return not words(text) or bool(_ABSTENTIONS.search(plain) or _EVASION.search(plain))
+def _capitals(word: Word) -> str:
+    return word.text.replace(".", "")
 
 
-def judge(text: str, aliases: Sequence[tuple[str, ...]]) -> Verdict:
-    """`right` when an alias stands in `text`, `abstained`, else `wrong`. `aliases` is not empty."""
-    if abstains(text):
-        return "abstained"
-    return "right" if find_alias(text, aliases) is not None else "wrong"
+def _is_denied(found: Sequence[Word], start: int) -> bool:
+    """ "not Paris", "never in Paris": within three words before it; but not "never Lyon, always
+    Paris"."""
+    for word in reversed(found[max(0, start - 3) : start]):
+        said = word.text.casefold()
+        if said in _DENIALS or said.endswith(("n't", f"n{APOSTROPHE}t")):
+            return True
+        if word.is_named or said == "but":
+            return False
+    return False
 
 
-def _key(word: str) -> str:
-    decomposed = unicodedata.normalize("NFKD", word.casefold())
-    kept = "".join(c for c in decomposed if not unicodedata.combining(c))
-    return kept.replace(APOSTROPHE, "'").removesuffix("'s")
+def _is_part_of_a_name(case: Case, found: Sequence[Word], start: int, stop: int) -> bool:
+    """ "New Mexico", "Washington Irving": a capitalised word that is new stands right beside it."""
+    new = {word.start for word in new_words(found, case.question)}
+    beside = []
+    if start and case.text[found[start - 1].stop : found[start].start] == " ":
+        beside.append(found[start - 1])
+    if stop < len(found) and case.text[found[stop - 1].stop : found[stop].start] == " ":
+        beside.append(found[stop])
+    own = {key for alias in case.gold for key in (word.key for word in words(alias))}
+    return any(w.text[0].isupper() and w.start in new and w.key not in own for w in beside)
 
 
-def _find(haystack: Sequence[str], needle: Sequence[str]) -> int | None:
-    width = len(needle)
-    for i in range(len(haystack) - width + 1):
-        if tuple(haystack[i : i + width]) == tuple(needle):
-            return i
-    return None
+def _is_one_of_several(found: Sequence[Word], start: int, stop: int) -> bool:
+    """ "Paris or Lyon", "Russian and English"."""
+    before, after = found[max(0, start - 2) : start], found[stop : stop + 2]
+    if any(word.key in ("or", "either") for word in (*before[-1:], *after[:1])):
+        return True
+    joined = [pair for pair in (before[::-1], after) if len(pair) == 2 and pair[0].key == "and"]
+    return any(not pair[1].is_stop for pair in joined)
+
+
+def _is_near(found: Sequence[Word], question: str, alias: Alias) -> bool:
+    """At least half of the alias's own words, or forms of them, are claimed by the text."""
+    own = [w for w in words(" ".join(alias)) if not w.is_stop]
+    claimed = new_words(found, question)
+    if any(w.key.isdigit() for w in own) and any(w.key.isdigit() for w in claimed):
+        own = [w for w in own if w.key.isdigit()]  # dates and counts: the number decides
+    named = [w.key for w in claimed if w.is_named]
+    said = [w.key for w in claimed] if len(own) == 1 else named
+    shared = sum(any(akin(word.key, other) for other in said) for word in own)
+    return 2 * shared >= len(own) > 0
+
+
+def _bare(found: Sequence[Word]) -> list[str]:
+    """Keys without the stop words at both ends."""
+    kept = list(found)
+    while kept and kept[0].is_stop:
+        kept.pop(0)
+    while kept and kept[-1].is_stop:
+        kept.pop()
+    return [word.key for word in kept or found]

@@ -6,18 +6,30 @@ every count of the funnel can be made again from the file.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from offline import answer_spans
-from offline.judge import judge, usable_aliases
-from offline.records import Answer, Header, Label, Verdict, read_records, sha256, write_records
+from offline.answer_spans import CharSpan, Located
+from offline.ask_model import Asked, LanguageModelJudge, claims
+from offline.choice import apply_agreement, balance
+from offline.judge import RULES, Case, Judge, Judgement, RuleJudge, usable_aliases
+from offline.judge_by_inference import InferenceJudge
+from offline.records import (
+    Answer,
+    Label,
+    RecordError,
+    Verdict,
+    read_records,
+    sha256,
+    write_records,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,13 +38,38 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ABSTAINED = "gives no answer"
-NO_ALIAS = "every accepted answer stands in the question"
-NO_SPAN = "no words that make the claim"
-NOT_AGREED = "too few of the samples agree"
-NOT_TYPICAL = "another sample stands for the question"
 ROUND_TRIP = "token ids do not decode to the text"
-SURPLUS = "more wrong answers than the group's right ones allow"
+JUDGES = (*RULES, "llm", "nli")
+SPANS = ("rule", "llm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelSettings:
+    """How answers are judged and which of them are kept."""
+
+    judge: str = "alias"  # one of JUDGES
+    spans: str = "rule"  # one of SPANS: how the words of a claim are found
+    judge_url: str | None = None  # server of `llm`
+    judge_model: str | None = None  # as `judge_url` names it; for `nli` a hub id or folder
+    in_flight: int = 32
+    agree: int = 1  # so many samples of a question must be right, or wrong, for it to count
+    wrong_per_right: float = 1.5  # so many wrong answers are kept per right one; 0 keeps all
+    right_per_wrong: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("judge", self.judge, JUDGES), ("spans", self.spans, SPANS)):
+            if value not in known:
+                raise RecordError(f"--{name} {value!r} is not one of {', '.join(known)}")
+        asks = "llm" in (self.judge, self.spans)
+        if asks and not (self.judge_url and self.judge_model):
+            raise RecordError("a judge or spans of llm need --judge-url and --judge-model")
+        if self.judge == "nli" and not self.judge_model:
+            raise RecordError("--judge nli needs --judge-model, an inference model or its folder")
+        if self.judge == "nli" and self.spans == "llm":
+            raise RecordError("--judge nli and --spans llm would need two models; choose one")
+
+
+PAPER = LabelSettings(agree=10, wrong_per_right=1.0, right_per_wrong=1.0)
 
 
 def label_answers(
@@ -40,119 +77,110 @@ def label_answers(
     labels_path: Path,
     *,
     tokenizer: LoadedTokenizer,
-    agree: int,
-    wrong_per_right: float,
+    settings: LabelSettings,
+    api_key: str | None = None,
 ) -> Counter[str]:
     """Write `labels_path` and return the funnel: how many answers are used or dropped, and why.
 
-    agree            so many samples of a question must be right, or wrong, for it to count
-    wrong_per_right  so many wrong answers are kept per right one of the same group; 0 keeps all
+    RecordError when no right or no wrong answer is left; the file then says why for each answer.
     """
     header, answers = read_records(answers_path, Answer)
     tokenizer.check(header, answers_path)
-    answers.sort(key=lambda answer: answer.id)  # they were written as they came
-    labels = [label_one(answer, tokenizer.tokenizer) for answer in answers]
-    labels = apply_agreement(answers, labels, agree)
-    if wrong_per_right:
-        labels = balance(answers, labels, wrong_per_right)
-    settings = {
+    answers.sort(key=lambda answer: answer.id)  # as they came, when `collect` was not finished
+    asked = Asked(
+        base_url=settings.judge_url or "",
+        model=settings.judge_model or "",
+        folder=labels_path.parent / "replies",
+        header=header,
+        in_flight=settings.in_flight,
+        api_key=api_key,
+    )
+    judge = make_judge(settings, asked)
+    judged = _judged(answers, judge)
+    located = (
+        _located_by_model(answers, judged, asked)
+        if settings.spans == "llm"
+        else {a.id: locate(a, judged[a.id].verdict) for a in answers if a.id in judged}
+    )
+    labels = [
+        label_one(a, tokenizer.tokenizer, judged.get(a.id), located.get(a.id)) for a in answers
+    ]
+    labels = apply_agreement(answers, labels, settings.agree)
+    labels = balance(
+        answers,
+        labels,
+        wrong_per_right=settings.wrong_per_right,
+        right_per_wrong=settings.right_per_wrong,
+    )
+    said = {
         "answers_sha256": sha256(answers_path),
-        "judge": "whole-word alias match",
-        "agree": str(agree),
-        "wrong_per_right": str(wrong_per_right),
+        "judge": judge.name,
+        "spans": "rule" if settings.spans == "rule" else f"language model {settings.judge_model}",
+        "agree": str(settings.agree),
+        "wrong_per_right": str(settings.wrong_per_right),
+        "right_per_wrong": str(settings.right_per_wrong),
     }
-    write_records(labels_path, _labels_header(header, settings), labels)
-    funnel = Counter(label.dropped or f"used: {label.verdict}" for label in labels)
-    for reason, count in funnel.most_common():
-        log.info("%6d  %s", count, reason)
-    return funnel
+    write_records(
+        labels_path, msgspec.structs.replace(header, kind="labels", settings=said), labels
+    )
+    return _funnel(labels, labels_path)
 
 
-def label_one(answer: Answer, tokenizer: PreTrainedTokenizerBase) -> Label:
-    """One answer by itself: verdict, claim and tokens."""
+def label_settings(paper: bool, **given: str | float | None) -> LabelSettings:
+    """The paper's rule or this project's, with what is `given` put in its place."""
+    said = {key: value for key, value in given.items() if value is not None}
+    return replace(PAPER if paper else LabelSettings(), **said)  # type: ignore[arg-type]
+
+
+def make_judge(settings: LabelSettings, asked: Asked) -> Judge:
+    """The judge that `settings` name."""
+    if settings.judge == "llm":
+        return LanguageModelJudge(asked)
+    if settings.judge == "nli":
+        return InferenceJudge(asked.model, folder=asked.folder, header=asked.header)
+    return RuleJudge(settings.judge)
+
+
+def label_one(
+    answer: Answer,
+    tokenizer: PreTrainedTokenizerBase,
+    judgement: Judgement | None,
+    located: Located | None,
+) -> Label:
+    """One answer by itself: verdict, claim and tokens.
+
+    judgement  None for an answer to an ordinary prompt, which has nothing to be judged by
+    located    None when the claim is not found; the answer then counts as a whole only
+    """
     offsets = answer_spans.token_offsets(tokenizer, answer.token_ids)
     if answer_spans.decode(tokenizer, answer.token_ids) != answer.text:
-        return _dropped(answer, "abstained", ROUND_TRIP)
-    if not answer.gold:
+        return _label(answer, "unjudged", dropped=ROUND_TRIP)
+    if judgement is None:
         written = tuple(i for i, (start, stop) in enumerate(offsets) if start < stop)
-        return Label(
-            id=answer.id, verdict="ordinary", span=(), tokens=(), others=written, dropped=""
-        )
-    aliases = usable_aliases(answer.gold, answer.question)
-    if not aliases:
-        return _dropped(answer, "abstained", NO_ALIAS)
-    verdict = judge(answer.text, aliases)
-    if verdict == "abstained":
-        return _dropped(answer, "abstained", ABSTAINED)
-    located = (
-        answer_spans.locate_right(answer.text, aliases)
-        if verdict == "right"
-        else answer_spans.locate_wrong(answer.text, answer.question, answer.gold)
-    )
+        return _label(answer, "ordinary", others=written)
+    if judgement.verdict not in ("right", "wrong"):
+        return _label(answer, judgement.verdict, dropped=judgement.reason)
     if located is None:
-        return _dropped(answer, verdict, NO_SPAN)
+        return _label(answer, judgement.verdict)
     tokens = answer_spans.overlapping(offsets, located.spans)
     around = answer_spans.scaffold(answer.text, answer.question, located)
     closing = answer_spans.closing(offsets, answer.text, located)
     others = {*answer_spans.overlapping(offsets, around), *closing} - set(tokens)
-    return Label(
-        id=answer.id,
-        verdict=verdict,
+    return _label(
+        answer,
+        judgement.verdict,
         span=located.spans,
         tokens=tokens,
         others=tuple(sorted(others)),
-        dropped="",
     )
 
 
-def apply_agreement(answers: Sequence[Answer], labels: Sequence[Label], agree: int) -> list[Label]:
-    """Keep a question when `agree` of its samples share a verdict; its commonest text stands.
-
-    The paper asks for ten of ten; a small model is never ten times right, so k is a parameter.
-    """
-    by_question: dict[str, list[int]] = defaultdict(list)
-    for i, answer in enumerate(answers):
-        by_question[answer.question_id].append(i)
-    kept = list(labels)
-    for indices in by_question.values():
-        if labels[indices[0]].verdict == "ordinary":
-            continue
-        verdicts = Counter(labels[i].verdict for i in indices)
-        verdict, votes = max(
-            (("right", verdicts["right"]), ("wrong", verdicts["wrong"])), key=lambda pair: pair[1]
-        )
-        usable = [i for i in indices if not labels[i].dropped and labels[i].verdict == verdict]
-        texts = Counter(answers[i].text for i in usable)
-        typical = max(usable, key=lambda i: (texts[answers[i].text], -i)) if usable else None
-        for i in indices:
-            if labels[i].dropped:
-                continue
-            if votes < agree:
-                kept[i] = _with_reason(labels[i], NOT_AGREED, verdict="mixed")
-            elif i != typical:
-                kept[i] = _with_reason(labels[i], NOT_TYPICAL)
-    return kept
-
-
-def balance(
-    answers: Sequence[Answer], labels: Sequence[Label], wrong_per_right: float
-) -> list[Label]:
-    """At most `wrong_per_right` wrong answers per right one within each source, style and group.
-
-    Without this a probe learns which groups the model is bad at instead of when it is wrong.
-    """
-    groups: dict[tuple[str, str, str], list[int]] = defaultdict(list)
-    for i, answer in enumerate(answers):
-        if not labels[i].dropped and labels[i].verdict in ("right", "wrong"):
-            groups[answer.source, answer.style, answer.group].append(i)
-    kept = list(labels)
-    for indices in groups.values():
-        right = sum(not labels[i].hallucinated for i in indices)
-        wrong = [i for i in indices if labels[i].hallucinated]
-        wrong.sort(key=lambda i: hashlib.sha256(labels[i].id.encode()).hexdigest())
-        for i in wrong[round(right * wrong_per_right) :]:
-            kept[i] = _with_reason(labels[i], SURPLUS)
-    return kept
+def locate(answer: Answer, verdict: Verdict) -> Located | None:
+    """By rule: the accepted answer in a right one where it stands there; else what the question did
+    not give."""
+    aliases = usable_aliases(answer.gold, answer.question)
+    right = answer_spans.locate_right(answer.text, aliases) if verdict == "right" else None
+    return right or answer_spans.locate_wrong(answer.text, answer.question, answer.gold)
 
 
 def used(labels: Iterable[Label]) -> list[Label]:
@@ -160,13 +188,50 @@ def used(labels: Iterable[Label]) -> list[Label]:
     return [label for label in labels if not label.dropped]
 
 
-def _dropped(answer: Answer, verdict: Verdict, reason: str) -> Label:
-    return Label(id=answer.id, verdict=verdict, span=(), tokens=(), others=(), dropped=reason)
+def _judged(answers: Sequence[Answer], judge: Judge) -> dict[str, Judgement]:
+    """Judgements of the answers that have accepted answers."""
+    cases = [Case(a.id, a.question, a.gold, a.text) for a in answers if a.gold]
+    return {case.id: said for case, said in zip(cases, judge.judge(cases), strict=True)}
 
 
-def _with_reason(label: Label, reason: str, verdict: Verdict | None = None) -> Label:
-    return msgspec.structs.replace(label, dropped=reason, verdict=verdict or label.verdict)
+def _located_by_model(
+    answers: Sequence[Answer], judged: dict[str, Judgement], asked: Asked
+) -> dict[str, Located | None]:
+    """Claims of the right and wrong answers as a model finds them. Where it finds none the rules do
+    not step in: a file has one way to find claims."""
+    chosen = [a for a in answers if a.id in judged and judged[a.id].verdict in ("right", "wrong")]
+    found = claims(asked, [(a.question, a.text) for a in chosen])
+    return {
+        a.id: Located((span,), span[1]) if span else None
+        for a, span in zip(chosen, found, strict=True)
+    }
 
 
-def _labels_header(answers: Header, settings: dict[str, str]) -> Header:
-    return msgspec.structs.replace(answers, kind="labels", settings=settings)
+def _funnel(labels: Sequence[Label], path: Path) -> Counter[str]:
+    funnel = Counter(label.dropped or f"used: {label.verdict}" for label in labels)
+    whole = sum(not label.tokens and label.verdict in ("right", "wrong") for label in used(labels))
+    log.info("%6d  of the used ones count as a whole only: no words make their claim", whole)
+    for reason, count in funnel.most_common():
+        log.info("%6d  %s", count, reason)
+    for verdict in ("right", "wrong"):
+        if not funnel[f"used: {verdict}"]:
+            counts = "; ".join(f"{count} {reason}" for reason, count in funnel.most_common())
+            raise RecordError(
+                f"no {verdict} answer is left, and a probe needs both ({counts}); {path} says why "
+                f"for each; ask more or other questions, or lower --agree"
+            )
+    return funnel
+
+
+def _label(
+    answer: Answer,
+    verdict: Verdict,
+    *,
+    span: tuple[CharSpan, ...] = (),
+    tokens: tuple[int, ...] = (),
+    others: tuple[int, ...] = (),
+    dropped: str = "",
+) -> Label:
+    return Label(
+        id=answer.id, verdict=verdict, span=span, tokens=tokens, others=others, dropped=dropped
+    )

@@ -23,7 +23,7 @@ from probes.errors import HNeuronsError
 
 LIBRARIES = ("hneurons", "torch", "transformers", "numpy", "scikit-learn", "skglm")
 
-Verdict = Literal["right", "wrong", "abstained", "mixed", "ordinary"]
+Verdict = Literal["right", "wrong", "abstained", "unjudged", "mixed", "ordinary"]
 
 
 class RecordError(HNeuronsError):
@@ -85,6 +85,8 @@ class Answer(Record, frozen=True, kw_only=True):
 
 class Label(Record, frozen=True, kw_only=True):
     """What is known about one answer, and which of its tokens carry the claim.
+
+    A right or wrong answer without tokens counts as a whole only: no words of it make the claim.
 
     span    character offsets `[start, stop)` into the text: the words that answer the question
     tokens  indices into `token_ids` of the span's tokens

@@ -11,8 +11,8 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
-from offline.judge import words
 from offline.records import Answer, RecordError
+from offline.words import words
 
 Part = Literal["fit", "calibrate", "test", "transfer", "excluded"]
 

@@ -17,7 +17,7 @@ import pytest
 
 from offline.answer_spans import CharSpan, locate_right, locate_wrong
 from offline.child_server import child_server
-from offline.judge import judge, usable_aliases
+from offline.judge import Case, by_alias, usable_aliases
 from offline.questions import Question, Source, read_questions
 from probes.probe import Probe
 
@@ -80,12 +80,12 @@ def claims(short_answers: list[Scored]) -> dict[str, list[list[float]]]:
     """Verdict -> risks of the claim's tokens, one list per answer."""
     found: dict[str, list[list[float]]] = {"right": [], "wrong": []}
     for answer in short_answers:
-        aliases = usable_aliases(answer.question.gold, answer.question.question)
-        verdict = judge(answer.text, aliases) if aliases else "abstained"
+        question, gold = answer.question.question, answer.question.gold
+        verdict = by_alias(Case(answer.question.id, question, gold, answer.text)).verdict
         if verdict == "right":
-            located = locate_right(answer.text, aliases)
+            located = locate_right(answer.text, usable_aliases(gold, question))
         elif verdict == "wrong":
-            located = locate_wrong(answer.text, answer.question.question, answer.question.gold)
+            located = locate_wrong(answer.text, question, gold)
         else:
             continue
         if located is not None:

@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerFast
 
 from offline.answer_spans import (
     closing,
-    first_sentence,
     locate_right,
     locate_wrong,
     overlapping,
@@ -111,20 +110,3 @@ def test_a_character_of_several_tokens_belongs_to_the_last_of_them(
 def test_an_end_token_writes_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
     ids = [*tokenizer.encode("Hi"), tokenizer.eos_token_id]
     assert token_offsets(tokenizer, ids) == [(0, 1), (1, 2), (2, 2)]
-
-
-@pytest.mark.parametrize(
-    ("text", "first"),
-    [
-        ("Paris. It is big.", "Paris"),
-        ("St. Louis it is. It", "St. Louis it is"),
-        ("J. S. Bach", "J. S. Bach"),
-        ("One\nTwo", "One"),
-        ("In 1912. Then", "In 1912"),
-        ("No stop", "No stop"),
-    ],
-)
-def test_the_first_sentence_ends_at_a_stop_but_not_at_an_abbreviation(
-    text: str, first: str
-) -> None:
-    assert first_sentence(text) == first

@@ -24,7 +24,8 @@ from offline.extract import (
     make_items,
 )
 from offline.features import load_features
-from offline.label import label_one
+from offline.judge import Case, by_alias
+from offline.label import label_one, locate
 from offline.records import Answer, Label, RecordError
 from probes.cett import cett, column_norms, h_norm
 from probes.fingerprint import identity
@@ -47,7 +48,12 @@ def answers(make_answer: MakeAnswer) -> list[Answer]:
 
 @pytest.fixture
 def labels(answers: list[Answer], tokenizer: PreTrainedTokenizerFast) -> list[Label]:
-    return [label_one(answer, tokenizer) for answer in answers]
+    return [_label(answer, tokenizer) for answer in answers]
+
+
+def _label(answer: Answer, tokenizer: PreTrainedTokenizerFast) -> Label:
+    said = by_alias(Case(answer.id, answer.question, answer.gold, answer.text))
+    return label_one(answer, tokenizer, said, locate(answer, said.verdict))
 
 
 def _header(model: LlamaForCausalLM, position: Position = "read") -> FeaturesHeader:
@@ -178,7 +184,7 @@ def test_an_answer_without_a_span_gives_no_row(
 ) -> None:
     """Trap 10: the reference saved the previous answer's tensor under this one's name."""
     empty = make_answer("The capital of Poland is", id="set/ask/none/0")
-    labels = [label_one(answer, tokenizer) for answer in (*answers, empty)]
+    labels = [_label(answer, tokenizer) for answer in (*answers, empty)]
     items = make_items([*answers, empty], labels, end_tokens=END)
     assert "set/ask/none/0" not in {item.id for item in items}
 

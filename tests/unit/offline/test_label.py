@@ -9,25 +9,38 @@ import msgspec
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from offline import choice
 from offline import label as verb
+from offline.judge import ABSTAINED, Case, by_alias
+from offline.label import LabelSettings
 from offline.models import LoadedTokenizer
 from offline.records import Answer, Header, Label, RecordError, read_records, write_records
 
 MakeAnswer = Callable[..., Answer]
 
 
-def test_a_right_a_wrong_and_an_evasive_answer(
+def _label_one(answer: Answer, tokenizer: PreTrainedTokenizerFast) -> Label:
+    """By the alias rule, as the command labels where nothing else is said."""
+    if not answer.gold:
+        return verb.label_one(answer, tokenizer, None, None)
+    said = by_alias(Case(answer.id, answer.question, answer.gold, answer.text))
+    return verb.label_one(answer, tokenizer, said, verb.locate(answer, said.verdict))
+
+
+def test_a_right_a_wrong_an_evasive_and_no_answer(
     make_answer: MakeAnswer, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Trap 20: one boolean, named for what it means, and a third class that is neither."""
-    right = verb.label_one(make_answer(), tokenizer)
-    wrong = verb.label_one(make_answer("The capital of Poland is Krakow."), tokenizer)
-    evasive = verb.label_one(make_answer("The capital of Poland is not a place."), tokenizer)
+    right = _label_one(make_answer(), tokenizer)
+    wrong = _label_one(make_answer("The capital of Poland is Krakow."), tokenizer)
+    evasive = _label_one(make_answer("The capital of Poland is not a place."), tokenizer)
     assert (right.verdict, right.hallucinated) == ("right", False)
     assert (wrong.verdict, wrong.hallucinated) == ("wrong", True)
-    assert (evasive.verdict, evasive.dropped) == ("abstained", verb.ABSTAINED)
+    assert (evasive.verdict, evasive.tokens, evasive.others) == ("wrong", (), ())
+    declined = _label_one(make_answer("I don't know."), tokenizer)
+    assert (declined.verdict, declined.dropped) == ("abstained", ABSTAINED)
     with pytest.raises(ValueError, match="neither"):
-        _ = evasive.hallucinated
+        _ = declined.hallucinated
 
 
 def test_span_and_scaffold_tokens_lie_inside_the_answer_and_never_overlap(
@@ -36,7 +49,7 @@ def test_span_and_scaffold_tokens_lie_inside_the_answer_and_never_overlap(
     """Traps 8 and 9: indices are into the written ids; the prompt and its header are not among
     them, whatever the chat template."""
     answer = make_answer()
-    label = verb.label_one(answer, tokenizer)
+    label = _label_one(answer, tokenizer)
     assert answer.text[slice(*label.span[0])] == "Warsaw"
     written = bytes(answer.token_ids[i] for i in label.tokens).decode()
     assert written.strip() == "Warsaw"
@@ -49,22 +62,25 @@ def test_ids_that_do_not_decode_to_the_text_are_refused_and_counted(
 ) -> None:
     """Trap 7: a round trip that differs would shift every span."""
     answer = msgspec.structs.replace(make_answer(), text="The capital of Poland is Warsaw")
-    assert verb.label_one(answer, tokenizer).dropped == verb.ROUND_TRIP
+    label = _label_one(answer, tokenizer)
+    assert (label.verdict, label.dropped) == ("unjudged", verb.ROUND_TRIP)
 
 
-def test_an_answer_without_a_claim_is_dropped_with_its_reason(
+def test_an_answer_without_a_claim_has_no_tokens_and_counts_as_a_whole(
     make_answer: MakeAnswer, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Trap 10: no span, no feature row, and it is counted."""
-    label = verb.label_one(make_answer("The capital of Poland is"), tokenizer)
-    assert (label.dropped, label.tokens) == (verb.NO_SPAN, ())
+    """Trap 10: the reference gave it the span of the answer before."""
+    text = "tall trees grow slowly beside quiet rivers near ancient stone bridges everywhere"
+    label = _label_one(make_answer(text), tokenizer)
+    assert (label.verdict, label.dropped) == ("wrong", "")
+    assert (label.span, label.tokens, label.others) == ((), (), ())
 
 
 def test_every_token_of_an_ordinary_answer_is_a_negative(
     make_answer: MakeAnswer, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     answer = make_answer("Once upon a time", "Tell a story", (), id="prose/ordinary/p1/0")
-    label = verb.label_one(answer, tokenizer)
+    label = _label_one(answer, tokenizer)
     assert label.verdict == "ordinary"
     assert label.others == tuple(range(16))
 
@@ -75,12 +91,14 @@ def test_k_of_n_must_agree_and_the_commonest_text_stands_for_the_question(
     """The paper keeps ten of ten; the rule is a parameter, and a mixed question is no label."""
     texts = ["It is Krakow.", "It is Lodz.", "It is Lodz.", "It is Warsaw."]
     answers = [make_answer(text, id=f"set/complete/q1/{i}") for i, text in enumerate(texts)]
-    labels = [verb.label_one(answer, tokenizer) for answer in answers]
-    kept = verb.apply_agreement(answers, labels, agree=3)
+    labels = [_label_one(answer, tokenizer) for answer in answers]
+    kept = choice.apply_agreement(answers, labels, agree=3)
     assert [label.dropped for label in kept] == [
-        verb.NOT_TYPICAL, "", verb.NOT_TYPICAL, verb.NOT_TYPICAL,
+        choice.NOT_TYPICAL, "", choice.NOT_TYPICAL, choice.NOT_TYPICAL,
     ]  # fmt: skip
-    assert all(label.verdict == "mixed" for label in verb.apply_agreement(answers, labels, agree=4))
+    assert all(
+        label.verdict == "mixed" for label in choice.apply_agreement(answers, labels, agree=4)
+    )
 
 
 def test_wrong_answers_are_kept_in_proportion_to_the_right_ones_of_their_group(
@@ -92,8 +110,8 @@ def test_wrong_answers_are_kept_in_proportion_to_the_right_ones_of_their_group(
         *(make_answer("It is Lodz.", id=f"set/complete/w{i}/0", group="easy") for i in range(9)),
         *(make_answer("It is Lodz.", id=f"set/complete/h{i}/0", group="hard") for i in range(5)),
     ]
-    labels = [verb.label_one(answer, tokenizer) for answer in answers]
-    kept = verb.used(verb.balance(answers, labels, 1.5))
+    labels = [_label_one(answer, tokenizer) for answer in answers]
+    kept = verb.used(choice.balance(answers, labels, wrong_per_right=1.5, right_per_wrong=0))
     assert sum(label.verdict == "right" for label in kept) == 2
     assert sum(label.verdict == "wrong" for label in kept) == 3
 
@@ -101,7 +119,8 @@ def test_wrong_answers_are_kept_in_proportion_to_the_right_ones_of_their_group(
 def test_the_file_has_a_line_for_every_answer_in_an_order_that_does_not_depend_on_arrival(
     tmp_path: Path, make_answer: MakeAnswer, tokenizer: PreTrainedTokenizerFast, header: Header
 ) -> None:
-    answers = [make_answer(id=f"set/complete/q{i}/0") for i in (3, 1, 2)]
+    answers = [make_answer(id=f"set/complete/q{i}/0") for i in (3, 1)]
+    answers.append(make_answer("It is Lodz.", id="set/complete/q2/0"))
     loaded = LoadedTokenizer(tokenizer, "t", "c")
     bodies = []
     for order in (answers, answers[::-1]):
@@ -110,10 +129,9 @@ def test_the_file_has_a_line_for_every_answer_in_an_order_that_does_not_depend_o
             tmp_path / "answers.jsonl",
             tmp_path / "labels.jsonl",
             tokenizer=loaded,
-            agree=1,
-            wrong_per_right=0,
+            settings=LabelSettings(wrong_per_right=0),
         )
-        assert funnel == {"used: right": 3}
+        assert funnel == {"used: right": 2, "used: wrong": 1}
         bodies.append((tmp_path / "labels.jsonl").read_bytes().split(b"\n")[1:])
     assert bodies[0] == bodies[1]
     assert len(read_records(tmp_path / "labels.jsonl", Label)[1]) == 3
@@ -128,6 +146,101 @@ def test_answers_of_another_tokenizer_are_refused(
             tmp_path / "answers.jsonl",
             tmp_path / "labels.jsonl",
             tokenizer=LoadedTokenizer(tokenizer, "other", "c"),
-            agree=1,
-            wrong_per_right=0,
+            settings=LabelSettings(),
         )
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "abstained", "agree", "verdict"),
+    [
+        (10, 0, 0, 10, "right"),
+        (0, 10, 0, 10, "wrong"),
+        (9, 1, 0, 10, None),
+        (9, 0, 1, 10, None),
+        (6, 4, 0, 6, "right"),
+        (5, 5, 0, 5, None),
+        (3, 4, 3, 3, "wrong"),
+        (1, 0, 0, 1, "right"),
+        (0, 1, 0, 1, "wrong"),
+    ],
+)
+def test_the_rule_is_k_of_n_and_a_tie_is_no_agreement(
+    make_answer: MakeAnswer,
+    tokenizer: PreTrainedTokenizerFast,
+    right: int,
+    wrong: int,
+    abstained: int,
+    agree: int,
+    verdict: str | None,
+) -> None:
+    """Ten of ten as in the paper (where one refusal drops the question), less, and greedy. Five
+    right and five wrong used to be right."""
+    texts = ["It is Warsaw."] * right + ["It is Lodz."] * wrong + ["I don't know."] * abstained
+    answers = [make_answer(text, id=f"set/ask/q1/{i}") for i, text in enumerate(texts)]
+    labels = [_label_one(answer, tokenizer) for answer in answers]
+    kept = verb.used(choice.apply_agreement(answers, labels, agree))
+    assert [label.verdict for label in kept] == ([verdict] if verdict else [])
+
+
+def test_more_agreement_than_samples_is_refused(
+    make_answer: MakeAnswer, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Every question would be dropped, for a reason that nobody would find."""
+    answer = make_answer()
+    with pytest.raises(RecordError, match=r"set/complete/q1' has 1 sample\(s\), fewer than the 10"):
+        choice.apply_agreement([answer], [_label_one(answer, tokenizer)], 10)
+
+
+def test_groups_are_balanced_both_ways(
+    make_answer: MakeAnswer, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """A model that is good at a relation teaches the relation as "right" unless it is capped."""
+    answers = [make_answer(id=f"set/complete/r{i}/0") for i in range(9)]
+    answers += [make_answer("It is Lodz.", id=f"set/complete/w{i}/0") for i in range(3)]
+    labels = [_label_one(answer, tokenizer) for answer in answers]
+    kept = verb.used(choice.balance(answers, labels, wrong_per_right=1, right_per_wrong=1))
+    assert [label.verdict for label in kept].count("right") == 3
+    assert [label.verdict for label in kept].count("wrong") == 3
+
+
+def test_a_class_that_is_empty_is_refused_and_the_file_says_why(
+    tmp_path: Path, make_answer: MakeAnswer, tokenizer: PreTrainedTokenizerFast, header: Header
+) -> None:
+    """A fit on one class is an error ten minutes later, in words of another library."""
+    answers = [make_answer(id="set/ask/q0/0"), make_answer("I don't know.", id="set/ask/q1/0")]
+    write_records(tmp_path / "answers.jsonl", header, answers)
+    with pytest.raises(RecordError, match=r"no wrong answer is left.*1 declines to answer"):
+        verb.label_answers(
+            tmp_path / "answers.jsonl",
+            tmp_path / "labels.jsonl",
+            tokenizer=LoadedTokenizer(tokenizer, "t", "c"),
+            settings=LabelSettings(),
+        )
+    labels = read_records(tmp_path / "labels.jsonl", Label)[1]
+    assert [label.dropped for label in labels] == ["", ABSTAINED]
+
+
+def test_the_paper_rule_is_one_flag_and_each_part_of_it_can_be_said_otherwise() -> None:
+    """Trap 11."""
+    assert verb.label_settings(True, agree=None) == verb.PAPER
+    assert verb.label_settings(False, agree=None) == LabelSettings()
+    assert verb.label_settings(True, agree=7, wrong_per_right=0.0).agree == 7
+    assert (verb.PAPER.agree, verb.PAPER.wrong_per_right) == (10, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"judge": "oracle"}, "'oracle' is not one of alias, exact, regex, llm, nli"),
+        ({"spans": "guess"}, "'guess' is not one of rule, llm"),
+        ({"judge": "llm"}, "--judge-url and --judge-model"),
+        ({"judge": "nli"}, "--judge-model"),
+        (
+            {"judge": "nli", "spans": "llm", "judge_url": "u", "judge_model": "m"},
+            "two models",
+        ),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, str], message: str) -> None:
+    with pytest.raises(RecordError, match=message):
+        LabelSettings(**settings)  # type: ignore[arg-type]
