@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import httpx
@@ -30,10 +30,11 @@ class ChildServerError(HNeuronsError):
 
 
 @contextmanager
-def child_server(model: str, *, in_flight: int, probe: str = "none") -> Iterator[str]:
-    """Serve `model` on a free loopback port; yields the base URL."""
+def child_server(model: str, *, in_flight: int, probes: Sequence[str] = ("none",)) -> Iterator[str]:
+    """Serve `model` with `probes` on a free loopback port; yields the base URL."""
     port = _free_port()
-    command = [sys.executable, "-m", "server", model, "--probe", probe, "--port", str(port)]
+    command = [sys.executable, "-m", "server", model, "--port", str(port)]
+    command += [word for probe in probes for word in ("--probe", probe)]
     command += ["--max-num-seqs", str(in_flight), "--drain-delay", "0", "--no-playground"]
     with tempfile.TemporaryFile("w+") as output:
         log.info("starting %s", " ".join(command[1:]))

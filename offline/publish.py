@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,7 +96,8 @@ def publish(
         tensors_sha256="",
         known_answers=(),
     )
-    probe = _with_known_answers(make_probe(card, result, ffns), loaded.model, ffns, data)
+    examples = [_ids(answer) for answer in _examples(data)]
+    probe = with_known_answers(make_probe(card, result, ffns), loaded.model, ffns, examples)
     probe.save(folder)
     write_atomic(folder / "README.md", readme(probe.card, probe.id).encode())
     written = Probe.load(folder)
@@ -161,9 +163,13 @@ def make_probe(card: ProbeCard, result: FitResult, ffns: tuple[FFN, ...]) -> Pro
     )
 
 
-def _with_known_answers(
-    probe: Probe, model: PreTrainedModel, ffns: tuple[FFN, ...], data: Dataset
+def with_known_answers(
+    probe: Probe,
+    model: PreTrainedModel,
+    ffns: tuple[FFN, ...],
+    sequences: Sequence[tuple[int, ...]],
 ) -> Probe:
+    """The probe with the logits that the Meter reads now for `sequences` of token ids."""
     with Meter(ffns, [probe], suppression=False) as meter:
 
         @torch.inference_mode()
@@ -174,7 +180,7 @@ def _with_known_answers(
             rows: list[list[float]] = logits[0].tolist()
             return rows
 
-        answers = known_answer.build([_ids(a) for a in _examples(data)], read)
+        answers = known_answer.build(sequences, read)
     card = msgspec.structs.replace(probe.card, known_answers=answers)
     return Probe(
         card=card,

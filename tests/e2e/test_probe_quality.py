@@ -50,7 +50,7 @@ def probe_path(repository: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def server(demo_model_path: Path, probe_path: Path) -> Iterator[str]:
-    with child_server(str(demo_model_path), in_flight=32, probe=str(probe_path)) as url:
+    with child_server(str(demo_model_path), in_flight=32, probes=[str(probe_path)]) as url:
         yield url
 
 
