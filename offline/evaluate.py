@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from offline import metrics
 from offline.baselines import question_words, token_detectors, whole_statistics
+from offline.curves import Curve, curve
 from offline.dataset import Dataset
 from offline.extract import Kind
 from offline.features import IntArray
@@ -56,6 +57,7 @@ class Evaluation(Record, frozen=True, kw_only=True):
 
     rows: tuple[EvaluationRow, ...]
     reliability: tuple[ReliabilityBin, ...]
+    curves: tuple[Curve, ...]  # for the report; the card has the figures
 
     @classmethod
     def load(cls, path: Path) -> Evaluation:
@@ -72,24 +74,32 @@ def evaluate(data: Dataset, result: FitResult) -> Evaluation:
         name: _spread(scores, held_out, len(data.part))
         for name, scores in token_detectors(data, result, held_out).items()
     }
-    rows = [*_tokens(data, result, detectors), *_flagged_tokens(data, result, detectors["probe"])]
+    found: list[EvaluationRow | Curve] = [
+        *_tokens(data, result, detectors),
+        *_flagged_tokens(data, result, detectors["probe"]),
+    ]
     answered = data.answered("test")
-    rows += _responses(data, result, detectors, data.judged(answered))
-    rows += _claims(data, detectors, answered, "claims, unseen relations and questions")
+    found += _responses(data, result, detectors, data.judged(answered))
+    found += _claims(data, detectors, answered, "claims, unseen relations and questions")
     for source in sorted({answer.source for answer in data.answers}):
         for part in ("test", "transfer"):
             answers = data.answered(part, source=source)
             wrong = data.hallucinated(answers)
             if min(wrong.sum(), (~wrong).sum()) >= MIN_CLASS:
-                rows += _claims(data, detectors, answers, f"claims, {source}, {part}")
+                found += _claims(data, detectors, answers, f"claims, {source}, {part}")
+    rows = tuple(row for row in found if isinstance(row, EvaluationRow))
     for row in rows:
         log.info("%-44s %-28s %-18s %.3f", row.dataset, row.detector, row.metric, row.value)
-    return Evaluation(rows=tuple(rows), reliability=_reliability(data, result, detectors["probe"]))
+    return Evaluation(
+        rows=rows,
+        reliability=_reliability(data, result, detectors["probe"]),
+        curves=tuple(row for row in found if isinstance(row, Curve)),
+    )
 
 
 def _tokens(
     data: Dataset, result: FitResult, detectors: Mapping[str, Floats]
-) -> Iterator[EvaluationRow]:
+) -> Iterator[EvaluationRow | Curve]:
     """Single tokens: wrong claims against every other judged token, and against right claims."""
     kind = data.features.kind
     for dataset, kinds in (
@@ -98,10 +108,9 @@ def _tokens(
     ):
         chosen = data.rows("test", *kinds)
         for name, score in detectors.items():
-            units = data.unit[chosen]
-            yield from _table(
-                RANKING, dataset, name, kind[chosen] == Kind.WRONG, score[chosen], units
-            )
+            wrong, units = kind[chosen] == Kind.WRONG, data.unit[chosen]
+            yield from _table(RANKING, dataset, name, wrong, score[chosen], units)
+            yield curve(dataset, name, wrong, score[chosen])
     chosen = mixture(data, "test")
     risk = calibrate(result.token, detectors["probe"][chosen])
     yield from _table(
@@ -119,7 +128,7 @@ def _flagged_tokens(data: Dataset, result: FitResult, logits: Floats) -> Iterato
 
 def _responses(
     data: Dataset, result: FitResult, detectors: Mapping[str, Floats], answers: IntArray
-) -> Iterator[EvaluationRow]:
+) -> Iterator[EvaluationRow | Curve]:
     """Whole responses, wrong against right; and what of ordinary long answers is flagged."""
     wrong, units = data.hallucinated(answers), data.unit[data.first[answers]]
     pooling = result.settings.pooling
@@ -150,7 +159,7 @@ def _responses(
 
 def _claims(
     data: Dataset, detectors: Mapping[str, Floats], answers: IntArray, dataset: str
-) -> Iterator[EvaluationRow]:
+) -> Iterator[EvaluationRow | Curve]:
     """Mean token score over the known claim, wrong against right: how well a span is ranked."""
     wrong, units = data.hallucinated(answers), data.unit[data.first[answers]]
     claims = [data.claim_rows(i) for i in answers]
@@ -177,8 +186,9 @@ def _reliability(data: Dataset, result: FitResult, logits: Floats) -> tuple[Reli
 
 def _ranked(
     dataset: str, detector: str, wrong: Bools, score: Floats, units: NDArray[np.str_]
-) -> Iterator[EvaluationRow]:
+) -> Iterator[EvaluationRow | Curve]:
     yield from _table(RANKING, dataset, detector, wrong, score, units)
+    yield curve(dataset, detector, wrong, score)
     within = metrics.auroc_within(wrong, score, units.tolist())
     if np.isfinite(within):  # undefined where each question is a unit of its own
         yield EvaluationRow(
