@@ -1,4 +1,4 @@
-"""Curves of the report: the same detector must have the same figures in the picture and the table."""
+"""Curves of the report: one detector has the same figures in the picture and in the table."""
 
 from __future__ import annotations
 
