@@ -12,14 +12,20 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from offline.judge import Alias, evades, find_alias, first_sentence
-from offline.words import new_words, words
+from offline.words import Word, new_words, words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CharSpan = tuple[int, int]  # half-open, Unicode code points
 
-MAX_WRONG_WORDS = 6  # more words than this are prose, not an answer
+MAX_CLAIM_WORDS = 6  # more words than this are prose, not an answer
+MAX_BARE_WORDS = 3  # of an answer that names nothing where a name is asked for
+_JOINTS = frozenset("of the de la le du da di von van der den".split())  # noqa: SIM905
+_PARTS = ("type", "kind", "sort", "form", "shade")  # "a deep shade of blue" claims blue
+_ASKING = frozenset(
+    "who whom whose what which where when why how in at on name".split()  # noqa: SIM905
+)
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -37,17 +43,30 @@ def locate_right(text: str, aliases: Sequence[Alias]) -> Located | None:
 
 
 def locate_wrong(text: str, question: str, gold: Sequence[str]) -> Located | None:
-    """The claim of a wrong answer; None when it evades, or when nothing in it can be told from its
-    scaffold."""
+    """The claim of a wrong answer: one run of words that the question did not give. None when it
+    evades, or when nothing in it can be told from prose.
+
+    A statement is completed after its own words; a question may be answered before or after them,
+    and the first run is taken. Where the accepted answers are names or numbers, so is the claim.
+    """
     if evades(text, question):
         return None
-    sentence = first_sentence(text)
-    claimed = new_words(words(sentence), question)
+    sentence = words(first_sentence(text))
+    new = new_words(sentence, question)
+    runs = _runs(text, sentence, new)
     if any(word.is_named for alias in gold for word in words(alias)[-1:]):
-        claimed = [word for word in claimed if word.is_named] or claimed
-    if not claimed or len(claimed) > MAX_WRONG_WORDS:
+        named = [run for run in map(_from_first_name, runs) if run]
+        if not named and len(new) > MAX_BARE_WORDS:
+            return None
+        runs = named or runs
+    elif len(new) > MAX_CLAIM_WORDS:
         return None
-    return Located(tuple((word.start, word.stop) for word in claimed), claimed[-1].stop)
+    run = runs[0] if _is_question(question) else _after_the_statement(runs, sentence, question)
+    run = _after_a_part_of(run)
+    if len(run) > MAX_CLAIM_WORDS:
+        return None
+    start, stop = run[0].start, run[-1].stop
+    return Located(((start, stop),), stop)
 
 
 def scaffold(text: str, question: str, located: Located) -> tuple[CharSpan, ...]:
@@ -100,3 +119,63 @@ def overlapping(offsets: Sequence[CharSpan], spans: Sequence[CharSpan]) -> tuple
         for i, (start, stop) in enumerate(offsets)
         if any(start < span_stop and span_start < stop for span_start, span_stop in spans)
     )
+
+
+def _runs(text: str, sentence: Sequence[Word], new: Sequence[Word]) -> list[list[Word]]:
+    """The new words in runs; a run goes on over joints ("Republic of the Congo"), and ends at other
+    words and at punctuation, except inside a word or an abbreviation."""
+    fresh = {word.start for word in new}
+    runs: list[list[Word]] = []
+    open_run: list[Word] = []  # the words since the last end, joints included
+    for i, word in enumerate(sentence):
+        gap = text[sentence[i - 1].stop : word.start] if i else ""
+        if open_run and gap.strip() not in ("", "-", ".", "'"):
+            runs.append(open_run)
+            open_run = []
+        pair = word.key in ("and", "or") and _joins_alike(sentence, i)
+        if word.start in fresh or (open_run and (word.text in _JOINTS or pair)):
+            open_run.append(word)
+        elif open_run:
+            runs.append(open_run)
+            open_run = []
+    runs.append(open_run)
+    return [kept for run in runs if (kept := _without_last_joints(run, fresh))]
+
+
+def _joins_alike(sentence: Sequence[Word], i: int) -> bool:
+    """ "Sanskrit and Telugu", but not "Nolan and stars"."""
+    beside = sentence[i - 1 : i + 2 : 2] if i else []
+    return len(beside) == 2 and beside[0].is_named == beside[1].is_named
+
+
+def _without_last_joints(run: list[Word], fresh: set[int]) -> list[Word]:
+    while run and run[-1].start not in fresh:
+        run = run[:-1]
+    return run
+
+
+def _from_first_name(run: list[Word]) -> list[Word]:
+    """ "island of Baja California" claims Baja California."""
+    return next((run[i:] for i, word in enumerate(run) if word.is_named), [])
+
+
+def _after_a_part_of(run: list[Word]) -> list[Word]:
+    keys = [word.key for word in run]
+    at = [i + 2 for i in range(len(run) - 2) if keys[i] in _PARTS and keys[i + 1] == "of"]
+    return run[at[-1] :] if at else run
+
+
+def _is_question(text: str) -> bool:
+    return text.rstrip().endswith("?") or text.split(maxsplit=1)[0].casefold() in _ASKING
+
+
+def _after_the_statement(
+    runs: Sequence[list[Word]], sentence: Sequence[Word], question: str
+) -> list[Word]:
+    """The first run that as much of the statement as possible stands before."""
+    given = {word.key for word in words(question) if not word.is_stop}
+
+    def said_before(run: list[Word]) -> int:
+        return len(given & {word.key for word in sentence if word.stop <= run[0].start})
+
+    return max(runs, key=said_before)

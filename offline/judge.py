@@ -33,6 +33,7 @@ _ABSTENTIONS = re.compile(
           | as \s an \s (?:ai|artificial)
           | (?:is|are|was) \s (?:unknown|unclear|uncertain)
           | no \s (?:information|answer|data|idea) \b (?! \s (?:centre|center|science))
+          | (?:nobody|no \s one) \s knows
           | not \s enough \s information
         ) | ^ \W* sorry \s? (?: [,.!] | but \b | $ )""",
     re.VERBOSE,
@@ -102,7 +103,7 @@ def by_alias(case: Case) -> Judgement:
     if not alone:
         return Judgement("unjudged", PART)
     start, stop = min(alone, key=lambda span: (span[0], -span[1]))
-    if _is_one_of_several(found, start, stop):
+    if _is_one_of_several(case.text, found, start, stop):
         return Judgement("unjudged", HEDGED)
     end = len(first_sentence(case.text))
     if found[start].start >= end and new_words(words(case.text[:end]), case.question):
@@ -225,32 +226,43 @@ def _is_denied(found: Sequence[Word], start: int) -> bool:
 
 
 def _is_part_of_a_name(case: Case, found: Sequence[Word], start: int, stop: int) -> bool:
-    """ "New Mexico", "Washington Irving": a capitalised word that is new stands right beside it."""
+    """ "New Mexico", "Washington Irving", "University of Barcelona": a capitalised word that is new
+    stands right beside it."""
     new = {word.start for word in new_words(found, case.question)}
     beside = []
     if start and case.text[found[start - 1].stop : found[start].start] == " ":
         beside.append(found[start - 1])
     if stop < len(found) and case.text[found[stop - 1].stop : found[stop].start] == " ":
         beside.append(found[stop])
-    own = {key for alias in case.gold for key in (word.key for word in words(alias))}
+    if start > 1 and found[start - 1].key == "of":
+        beside.append(found[start - 2])
+    own = {word.key for alias in case.gold for word in words(alias)}
     return any(w.text[0].isupper() and w.start in new and w.key not in own for w in beside)
 
 
-def _is_one_of_several(found: Sequence[Word], start: int, stop: int) -> bool:
-    """ "Paris or Lyon", "Russian and English"."""
+def _is_one_of_several(text: str, found: Sequence[Word], start: int, stop: int) -> bool:
+    """ "Paris or Lyon", "Russian and English", "Nice, Lyon, Lille"."""
     before, after = found[max(0, start - 2) : start], found[stop : stop + 2]
     if any(word.key in ("or", "either") for word in (*before[-1:], *after[:1])):
         return True
     joined = [pair for pair in (before[::-1], after) if len(pair) == 2 and pair[0].key == "and"]
-    return any(not pair[1].is_stop for pair in joined)
+    listed = [
+        word.is_named and "," in text[left:right]
+        for word, left, right in (
+            *((word, word.stop, found[start].start) for word in before[-1:]),
+            *((word, found[stop - 1].stop, word.start) for word in after[:1]),
+        )
+    ]
+    return any(not pair[1].is_stop for pair in joined) or (len(listed) == 2 and all(listed))
 
 
 def _is_near(found: Sequence[Word], question: str, alias: Alias) -> bool:
     """At least half of the alias's own words, or forms of them, are claimed by the text."""
-    own = [w for w in words(" ".join(alias)) if not w.is_stop]
+    own = [w for w in words(" ".join(alias)) if not w.is_stop and not w.text.isupper()]
     claimed = new_words(found, question)
-    if any(w.key.isdigit() for w in own) and any(w.key.isdigit() for w in claimed):
-        own = [w for w in own if w.key.isdigit()]  # dates and counts: the number decides
+    numbers = [w for w in own if w.key.isdigit()]
+    if numbers and any(w.key.isdigit() for w in claimed):  # of a date the year decides
+        own = [w for w in numbers if len(w.key) == 4] or numbers
     named = [w.key for w in claimed if w.is_named]
     said = [w.key for w in claimed] if len(own) == 1 else named
     shared = sum(any(akin(word.key, other) for other in said) for word in own)

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 APOSTROPHE = "\N{RIGHT SINGLE QUOTATION MARK}"
 
-# In order: 1,234,567 and 9.81; U.S.; scripts that put no spaces between words, sign by sign; words.
+# In order: 1,234,567 and 9.81; U.S. and J. S.; a sign of a script without spaces; a word.
 _WORD = re.compile(
     rf"""\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?(?!\d) | \d+\.\d+
-       | (?:[A-Z]\.){{2,}}
+       | [A-Z]\.(?:\ ?[A-Z]\.)+
        | [぀-ヿ㐀-䶿一-鿿豈-﫿]
        | (?:(?![぀-ヿ㐀-䶿一-鿿豈-﫿])[^\W_])+(?:['{APOSTROPHE}][^\W_]+)* | &""",
     re.VERBOSE,
@@ -23,6 +23,7 @@ _NUMBERS = """zero two three four five six seven eight nine ten eleven twelve th
     fifteen sixteen seventeen eighteen nineteen twenty""".split()  # noqa: SIM905
 # Without "one", which is a pronoun more often than a number.
 _SPELT = dict(zip(_NUMBERS, map(str, (0, *range(2, 21))), strict=True)) | {"&": "and"}
+_LETTERS = str.maketrans("łđøħı", "ldohi")  # they have no accent to take off
 _PLURAL = re.compile(r"(?<=[^\W\d_]{3})(?<!s)(?<!u)(?<!i)s$")
 
 STOP_WORDS = frozenset(
@@ -32,7 +33,7 @@ STOP_WORDS = frozenset(
     would can could may might must shall should not no yes also only both which who whom whose what
     when where why how there here all any each some such more most other another same very just
     answer question sentence word words missing following correct called known named located one
-    first respectively based considered used found mr mrs dr""".split()  # noqa: SIM905
+    first respectively based considered used found mr mrs dr either neither""".split()  # noqa: SIM905
 )
 
 
@@ -97,9 +98,9 @@ def akin(a: str, b: str) -> bool:
 
 def _key(word: str) -> str:
     decomposed = unicodedata.normalize("NFKD", word.casefold())
-    kept = "".join(c for c in decomposed if not unicodedata.combining(c))
+    kept = "".join(c for c in decomposed if not unicodedata.combining(c)).translate(_LETTERS)
     kept = kept.replace(APOSTROPHE, "'").removesuffix("'s")
     if kept[0].isdigit():
         return kept.replace(",", "")
-    kept = kept.replace(".", "")
+    kept = kept.replace(".", "").replace(" ", "")
     return _SPELT.get(kept) or _PLURAL.sub("", kept)

@@ -25,10 +25,10 @@ from offline.judge import usable_aliases
         ("The country of Luxor is", "The country of Luxor is Luxor", "Egypt", ["Luxor"]),
         ("Ottawa is located in", "Ottawa is located in the city of Perth.", "Ontario", ["Perth"]),
         ("The color of brandy is", "The color of brandy is blue.", "amber", ["blue"]),
-        ("Who was it?", "It was Shaquille O'Neal.", "Jordan", ["Shaquille", "O'Neal"]),
+        ("Who was it?", "It was Shaquille O'Neal.", "Jordan", ["Shaquille O'Neal"]),
         ("Who was it?", 'It was "Björk" 🎉!', "Sade", ["Björk"]),
-        ("Who sang it?", "Dean Martin sang it. He was born in Ohio.", "Sade", ["Dean", "Martin"]),
-        ("Where?", "It was St. Louis, Missouri.", "Perth", ["St", "Louis", "Missouri"]),
+        ("Who sang it?", "Dean Martin sang it. He was born in Ohio.", "Sade", ["Dean Martin"]),
+        ("Where?", "It was St. Louis, Missouri.", "Perth", ["St. Louis"]),
         ("The phone number is", "The phone number is 911", "112", ["911"]),
     ],
 )
