@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from offline.run_folder import holds_run
+from offline.run_folder import LOCK, holds_run, locked
 from probes.errors import HNeuronsError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -75,6 +75,9 @@ WrongPerRight = Annotated[
 RightPerWrong = Annotated[float | None, typer.Option(min=0, help="the other way round (default 0)")]
 Position = Annotated[str, typer.Option(help="read or write: which pass a token is scored in")]
 Dtype = Annotated[str, typer.Option(help="of stored features: float16, bfloat16, float32")]
+PartOfShards = Annotated[
+    str, typer.Option("--part", help="I/N: be the Ith of N processes that share the folder")
+]
 Transfer = Annotated[
     list[str] | None, typer.Option(help="stem of a question file that is only evaluated on")
 ]
@@ -188,33 +191,38 @@ def label(
 
 
 @app.command()
-@holds_run
 def extract(
     model: Model,
     out: Run,
     revision: Revision = None,
     position: Position = "read",
     dtype: Dtype = "float16",
+    part: PartOfShards = "1/1",
 ) -> None:
     """Read every neuron at every token of the labelled answers."""
     from offline import extract as verb
     from offline.models import load_model, load_tokenizer
     from offline.records import Answer, Label, read_records, sha256
 
-    tokenizer = load_tokenizer(model, revision=revision)
-    header, answers = read_records(out / "answers.jsonl", Answer)
-    tokenizer.check(header, out / "answers.jsonl")
-    _, labels = read_records(out / "labels.jsonl", Label)
-    loaded = load_model(model, revision=revision, tokenizer=tokenizer)
-    verb.extract(
-        loaded.model,
-        verb.make_items(answers, labels, end_tokens=loaded.end_tokens),
-        out / "features",
-        header=verb.features_header(
-            loaded.identity, verb.parse_position(position), sha256(out / "labels.jsonl")
-        ),
-        dtype=verb.parse_dtype(dtype),
-    )
+    share = verb.Part.parse(part)
+    with locked(out, LOCK if share == verb.EVERY_SHARD else f"{LOCK}-part-{share.first}"):
+        tokenizer = load_tokenizer(model, revision=revision)
+        header, answers = read_records(out / "answers.jsonl", Answer)
+        tokenizer.check(header, out / "answers.jsonl")
+        _, labels = read_records(out / "labels.jsonl", Label)
+        loaded = load_model(model, revision=revision, tokenizer=tokenizer)
+        verb.extract(
+            loaded.model,
+            verb.make_items(answers, labels, end_tokens=loaded.end_tokens),
+            out / "features",
+            header=verb.features_header(
+                loaded.identity,
+                verb.parse_position(position),
+                sha256(out / "labels.jsonl"),
+                dtype=dtype,
+            ),
+            part=share,
+        )
 
 
 @app.command()
@@ -229,10 +237,11 @@ def fit(
     """Fit, choose and calibrate a probe."""
     from offline import fit as verb
     from offline.dataset import load_dataset
+    from offline.l1_path import parse_solver
 
     settings = verb.FitSettings(
         seed=seed,
-        solver=verb.parse_solver(solver),
+        solver=parse_solver(solver),
         max_neurons=max_neurons,
         transfer=tuple(transfer or ()),
     )

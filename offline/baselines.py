@@ -13,7 +13,8 @@ import numpy as np
 from offline.dataset import Dataset
 from offline.extract import WHOLE, Kind
 from offline.features import FloatArray, IntArray
-from offline.fit import FitResult, choose_rows, standardise
+from offline.fit import FitResult, choose_rows
+from offline.l1_path import standardise
 from offline.metrics import Floats, rank
 
 RANDOM_DRAWS = 10

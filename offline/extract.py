@@ -1,7 +1,8 @@
 """Verb `extract`: the CETT of every neuron at every token of an answer, and the baselines.
 
-One teacher-forced pass over the ids that were collected; nothing is tokenised again. Written shard
-by shard: memory holds one shard whatever the corpus, and a shard that exists is not made again.
+Teacher-forced over the ids that were collected; nothing is tokenised again. Written shard by shard:
+memory holds one shard whatever the corpus, a shard that exists is not made again, and several
+processes or machines can each make a part of the shards of one folder.
 
 A shard (safetensors) has one row per token: `cett` [rows, layers * neurons], `residual` [rows,
 chosen layers, hidden], `logprob`, `entropy` [rows] (nats; of the token given what stands before
@@ -11,34 +12,30 @@ and per answer `whole` [answers, len(WHOLE)], statistics over all tokens that it
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from math import log
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import torch
-from safetensors.torch import save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from offline.records import Answer, Label, Record, RecordError, write_atomic
+from offline.reader import Ids, Position, Reader, Text, common_start
+from offline.records import Answer, Label, Record, RecordError, replacing
 from probes.card import ModelIdentity
 from probes.cett import FORMULA_VERSION
-from probes.neurons import find_ffns
-from probes.tap import Recorder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-log = logging.getLogger(__name__)
-
-Position = Literal["read", "write"]
-
 TOKENS_PER_PASS = 2048
-ROWS_PER_SHARD = 2048
+SHARD_BYTES = 2**29  # of its CETT; as much memory is taken while it is made
 SHARD_KEY = "shard"
 WHOLE = ("logprob_mean", "logprob_min", "logprob_sum", "entropy_mean", "entropy_max", "length")
 
@@ -61,6 +58,7 @@ class FeaturesHeader(Record, frozen=True, kw_only=True):
     position: Position
     labels_sha256: str
     residual_layers: tuple[int, ...]  # index into transformers' hidden_states, 0 = embeddings
+    dtype: str = "float16"  # of stored `cett` and `residual`
 
 
 class ShardInfo(Record, frozen=True, kw_only=True):
@@ -68,6 +66,8 @@ class ShardInfo(Record, frozen=True, kw_only=True):
     of its own, and a run that was killed must end byte-identical."""
 
     header: FeaturesHeader
+    number: int = 0  # among `shards`; a folder that lacks one is not read
+    shards: int = 1
     ids: tuple[str, ...]  # answers, as the rows' `answer` counts them
 
 
@@ -85,14 +85,22 @@ class Item:
         return len(self.prompt) + len(self.written)
 
 
-class _Pass(NamedTuple):
-    """What one forward pass leaves, on the CPU."""
+class Part(NamedTuple):
+    """Which shards a process makes: every `step`-th, from number `first` on."""
 
-    cett: Tensor  # [rows, layers * neurons]
-    residual: Tensor  # [rows, chosen layers, hidden]
-    logprob: Tensor  # [rows]
-    entropy: Tensor  # [rows]
-    whole: Tensor  # [items, len(WHOLE)]
+    first: int
+    step: int
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """`2/3` is the second of three processes; RecordError for anything else."""
+        index, _, step = text.partition("/")
+        if not (index.isdecimal() and step.isdecimal() and 1 <= int(index) <= int(step)):
+            raise RecordError(f"part {text!r} is not I/N with 1 <= I <= N, such as 2/3")
+        return cls(int(index) - 1, int(step))
+
+
+EVERY_SHARD = Part(0, 1)
 
 
 def make_items(
@@ -100,22 +108,24 @@ def make_items(
 ) -> list[Item]:
     """One item per used label; RecordError when labels and answers do not belong together.
 
-    A label without tokens gives no item: it can give no row (the reference code saved the previous
-    answer's instead).
+    A label without a claim gives rows that nothing is fitted on, and they are its own (the
+    reference code saved the previous answer's instead).
     """
     by_id = {answer.id: answer for answer in answers}
     items: list[Item] = []
     for label in labels:
-        if label.dropped or not (label.tokens or label.others):
+        if label.dropped:
             continue
         if label.id not in by_id:
             raise RecordError(f"label {label.id!r} has no answer; run `label` again")
         answer = by_id[label.id]
         written = tuple(id for id in answer.token_ids if id not in end_tokens)
+        if not written:
+            continue
         kinds = [Kind.UNJUDGED] * len(written)
         other = Kind.PROSE if label.verdict == "ordinary" else Kind.SCAFFOLD
         claim = Kind.WRONG if label.verdict == "wrong" else Kind.RIGHT
-        if max(*label.tokens, *label.others, -1) >= len(written):
+        if max((*label.tokens, *label.others, -1)) >= len(written):
             raise RecordError(f"label {label.id!r} names a token that its answer does not have")
         for token in label.others:
             kinds[token] = other
@@ -131,35 +141,71 @@ def extract(
     folder: Path,
     *,
     header: FeaturesHeader,
-    dtype: torch.dtype,
-    rows_per_shard: int = ROWS_PER_SHARD,
+    part: Part = EVERY_SHARD,
+    shard_bytes: int = SHARD_BYTES,
 ) -> int:
-    """Write the shards that `folder` lacks; returns how many rows all shards hold.
+    """Write the shards of `part` that `folder` lacks; returns how many rows the part holds.
 
-    `dtype` is that of the stored features; the arithmetic of CETT is float32 in any case.
+    RecordError when `folder` holds shards of anything else.
     """
     if not items:
         raise RecordError("there is nothing to extract: no label is usable (see `label`'s counts)")
     folder.mkdir(parents=True, exist_ok=True)
-    reader = _Reader(model, header)
-    shards = list(_plan(items, rows_per_shard))
-    with tqdm(total=len(items), unit="answer", desc="extract", disable=None) as bar:
-        for number, shard in enumerate(shards):
-            path = folder / f"shard-{number:05d}.safetensors"
-            if not path.exists():
-                _write_shard(path, reader, shard, header, dtype)
-            bar.update(len(shard))
-    surplus = sorted(folder.glob("shard-*.safetensors"))[len(shards) :]
-    if surplus:
-        raise RecordError(f"{surplus[0]} belongs to another run; empty {folder} and run again")
-    return sum(len(item.written) for item in items)
+    dtype = parse_dtype(header.dtype)
+    row_bytes = header.model.num_layers * header.model.intermediate_size * dtype.itemsize
+    plan = list(_plan(items, rows_per_shard=max(1, shard_bytes // row_bytes)))
+    infos = {
+        folder / f"shard-{number:05d}.safetensors": ShardInfo(
+            header=header, number=number, shards=len(plan), ids=tuple(item.id for item in shard)
+        )
+        for number, shard in enumerate(plan)
+    }
+    _require_same_run(folder, infos)
+    reader = Reader(
+        model,
+        position=header.position,
+        residual_layers=header.residual_layers,
+        shared=common_start([item.prompt for item in items]),
+        longest=max(item.length for item in items),
+    )
+    mine = list(zip(infos.items(), plan, strict=True))[part.first :: part.step]
+    missing = [(path, info, shard) for (path, info), shard in mine if not path.exists()]
+    with tqdm(
+        total=sum(item.length for _, _, shard in missing for item in shard),
+        unit="token",
+        unit_scale=True,
+        desc="extract",
+        disable=None,
+    ) as bar:
+        for path, info, shard in missing:
+            _write_shard(path, reader, info, shard, dtype, bar)
+    return sum(len(item.written) for _, shard in mine for item in shard)
 
 
-def _plan(items: Sequence[Item], rows_per_shard: int) -> Iterator[list[Item]]:
+def read_shard_info(path: Path) -> ShardInfo:
+    """RecordError when `path` is no shard of this version."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return msgspec.json.decode((file.metadata() or {}).get(SHARD_KEY, ""), type=ShardInfo)
+    except (SafetensorError, msgspec.DecodeError) as exc:
+        raise RecordError(f"{path} is not a shard of features: {exc}; delete it") from exc
+
+
+def _require_same_run(folder: Path, infos: Mapping[Path, ShardInfo]) -> None:
+    """Shards of other labels, another model or another plan must not pass for this run's."""
+    for path in sorted(folder.glob("shard-*.safetensors")):
+        if read_shard_info(path) != infos.get(path):
+            raise RecordError(
+                f"{path} was made from other labels, or with another model, position or dtype; "
+                f"empty {folder} and run again"
+            )
+
+
+def _plan(items: Sequence[Item], *, rows_per_shard: int) -> Iterator[list[Item]]:
     """Whole answers, alike in length so that batches hold little padding; always the same."""
     shard: list[Item] = []
     rows = 0
-    for item in sorted(items, key=lambda item: (item.length, item.id)):
+    for item in sorted(items, key=_alike):
         if shard and rows + len(item.written) > rows_per_shard:
             yield shard
             shard, rows = [], 0
@@ -168,101 +214,58 @@ def _plan(items: Sequence[Item], rows_per_shard: int) -> Iterator[list[Item]]:
     yield shard
 
 
-def _batches(items: Sequence[Item]) -> Iterator[list[Item]]:
+def _alike(item: Item) -> tuple[int, int, Ids, str]:
+    """Sorts by length of the answer, in steps of a quarter, then by prompt: answers to one prompt
+    are neighbours where their lengths allow it."""
+    return round(log(len(item.written), 1.25)), len(item.prompt), item.prompt, item.id
+
+
+def _batches(items: Sequence[Item], *, shared: int) -> Iterator[list[Item]]:
+    """Runs of items whose prompts (beyond `shared` tokens), and whose answers, fill a pass."""
     batch: list[Item] = []
+    prompts: set[Ids] = set()
+    written = prompt = 0
     for item in items:
-        if batch and (len(batch) + 1) * item.length > TOKENS_PER_PASS:  # ascending in length
+        written, prompt = max(written, len(item.written)), max(prompt, len(item.prompt) - shared)
+        prompts.add(item.prompt)
+        size = max((len(batch) + 1) * (written + 1), len(prompts) * prompt)
+        if batch and size > TOKENS_PER_PASS:
             yield batch
-            batch = []
+            batch, prompts = [], {item.prompt}
+            written, prompt = len(item.written), len(item.prompt) - shared
         batch.append(item)
     yield batch
 
 
 def _write_shard(
     path: Path,
-    reader: _Reader,
+    reader: Reader,
+    info: ShardInfo,
     items: Sequence[Item],
-    header: FeaturesHeader,
     dtype: torch.dtype,
+    bar: tqdm[None],
 ) -> None:
-    passes = [reader.read(batch, dtype) for batch in _batches(items)]
-    rows = [(i, t, kind) for i, item in enumerate(items) for t, kind in enumerate(item.kinds)]
-    tensors = {name: torch.cat([getattr(p, name) for p in passes]) for name in _Pass._fields}
-    tensors["answer"] = torch.tensor([row[0] for row in rows], dtype=torch.int32)
-    tensors["token"] = torch.tensor([row[1] for row in rows], dtype=torch.int32)
-    tensors["kind"] = torch.tensor([row[2] for row in rows], dtype=torch.uint8)
-    if len(rows) != len(tensors["cett"]):
-        raise AssertionError(f"{path}: {len(tensors['cett'])} rows were read for {len(rows)}")
-    info = ShardInfo(header=header, ids=tuple(item.id for item in items))
-    write_atomic(path, save(tensors, {SHARD_KEY: msgspec.json.encode(info).decode()}))
-
-
-class _Reader:
-    """Teacher-forced passes over batches of items."""
-
-    def __init__(self, model: PreTrainedModel, header: FeaturesHeader) -> None:
-        self._model = model
-        self._model.train(False)
-        self._ffns = find_ffns(model)
-        self._shift = 0 if header.position == "read" else -1
-        self._residual_layers = header.residual_layers
-        self._width = self._ffns[0].intermediate_size
-
-    @torch.inference_mode()
-    def read(self, items: Sequence[Item], dtype: torch.dtype) -> _Pass:
-        """One pass; `cett` and `residual` in `dtype`, rows in the order of the items' tokens."""
-        device = self._model.device
-        longest = max(item.length for item in items)
-        ids = torch.zeros(len(items), longest, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, item in enumerate(items):  # padded on the right: causal, so never seen
-            ids[row, : item.length] = torch.tensor(item.prompt + item.written)
-            mask[row, : item.length] = 1
-        at = [(i, p) for i, m in enumerate(items) for p in range(len(m.prompt), m.length)]
-        rows = torch.tensor([i for i, _ in at])
-        columns = torch.tensor([p for _, p in at])
-        cett = torch.empty(len(at), len(self._ffns) * self._width, dtype=dtype)
-
-        def keep(layer: int, values: Tensor) -> None:
-            values = values.reshape(len(items), longest, -1)  # OPT flattens its batch
-            picked = values[rows.to(values.device), (columns + self._shift).to(values.device)]
-            cett[:, layer * self._width : (layer + 1) * self._width] = picked.to(dtype).cpu()
-
-        with Recorder(self._ffns, on_layer=keep):
-            output = self._model(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                output_hidden_states=True,
-                use_cache=False,
-            )
-        residual = [
-            output.hidden_states[k][rows.to(device), (columns + self._shift).to(device)]
-            for k in self._residual_layers
-        ]
-        logprobs, entropies = _surprise(output.logits, ids.to(device), items)
-        return _Pass(
-            cett,
-            torch.stack(residual, dim=1).to(dtype).cpu(),
-            torch.cat(logprobs),
-            torch.cat(entropies),
-            torch.stack([_whole(x, y) for x, y in zip(logprobs, entropies, strict=True)]),
-        )
-
-
-def _surprise(
-    logits: Tensor, ids: Tensor, items: Sequence[Item]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Log-probability and entropy (nats) of each written token, per item, float32 on the CPU.
-
-    logits `[items, tokens, vocabulary]`; those of token p stand at p - 1, where it was predicted.
-    """
-    logprobs, entropies = [], []
-    for row, item in enumerate(items):
-        start, stop = len(item.prompt), item.length
-        predicted = torch.log_softmax(logits[row, start - 1 : stop - 1].float(), dim=-1)
-        logprobs.append(predicted.gather(-1, ids[row, start:stop, None])[:, 0].cpu())
-        entropies.append(-(predicted.exp() * predicted).nan_to_num(0.0).sum(-1).cpu())
-    return logprobs, entropies
+    counts = [len(item.written) for item in items]
+    rows = reader.empty(sum(counts), dtype)
+    start = 0
+    for batch in _batches(items, shared=len(reader.shared)):
+        stop = start + sum(len(item.written) for item in batch)
+        reader.read([Text(item.prompt, item.written) for item in batch], rows.part(start, stop))
+        start = stop
+        bar.update(sum(item.length for item in batch))
+    surprises = zip(
+        torch.split(rows.logprob, counts), torch.split(rows.entropy, counts), strict=True
+    )
+    tensors = rows._asdict() | {
+        "answer": torch.arange(len(items), dtype=torch.int32).repeat_interleave(
+            torch.tensor(counts)
+        ),
+        "token": torch.cat([torch.arange(count, dtype=torch.int32) for count in counts]),
+        "kind": torch.tensor([kind for item in items for kind in item.kinds], dtype=torch.uint8),
+        "whole": torch.stack([_whole(logprob, entropy) for logprob, entropy in surprises]),
+    }
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, {SHARD_KEY: msgspec.json.encode(info).decode()})
 
 
 def _whole(logprob: Tensor, entropy: Tensor) -> Tensor:
@@ -296,9 +299,13 @@ def parse_dtype(text: str) -> torch.dtype:
 
 
 def features_header(
-    identity: ModelIdentity, position: Position, labels_sha256: str
+    identity: ModelIdentity, position: Position, labels_sha256: str, *, dtype: str
 ) -> FeaturesHeader:
-    """Header with the residual layers at 1/3, 1/2, 2/3 and 5/6 of the depth."""
+    """Header with the residual layers at 1/3, 1/2, 2/3 and 5/6 of the depth.
+
+    `dtype` is that of the stored features; the arithmetic of CETT is float32 in any case.
+    """
+    parse_dtype(dtype)
     layers = identity.num_layers
     chosen = sorted({max(1, layers * part // 6) for part in (2, 3, 4, 5)})
     return FeaturesHeader(
@@ -307,4 +314,5 @@ def features_header(
         position=position,
         labels_sha256=labels_sha256,
         residual_layers=tuple(chosen),
+        dtype=dtype,
     )

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from offline.extract import SHARD_KEY, WHOLE, FeaturesHeader, ShardInfo
+from offline.extract import WHOLE, FeaturesHeader, read_shard_info
 from offline.records import RecordError
 
 FloatArray = NDArray[np.float32]
@@ -77,21 +76,24 @@ def load_features(folder: Path) -> Features:
     paths = tuple(sorted(folder.glob("shard-*.safetensors")))
     if not paths:
         raise RecordError(f"{folder} holds no shards; run `extract` first")
-    header: FeaturesHeader | None = None
+    first = read_shard_info(paths[0])
+    if len(paths) != first.shards:
+        raise RecordError(
+            f"{folder} has {len(paths)} of {first.shards} shards; run `extract` again"
+        )
     ids: list[str] = []
     columns: dict[str, list[NDArray[np.generic]]] = {
         name: [] for name in ("answer", "token", "kind", "logprob", "entropy", "whole")
     }
     starts = [0]
     for path in paths:
+        info = read_shard_info(path)
+        if (info.header, info.shards) != (first.header, first.shards):
+            raise RecordError(f"{path} was made by another run than {paths[0]}; extract again")
         with safe_open(path, framework="pt") as file:
-            info = msgspec.json.decode(file.metadata()[SHARD_KEY], type=ShardInfo)
             for name, parts in columns.items():
                 parts.append(file.get_tensor(name).numpy())
             rows = file.get_slice("cett").get_shape()[0]
-        if header is not None and info.header != header:
-            raise RecordError(f"{path} was made by another run than {paths[0]}; extract again")
-        header = info.header
         answer = columns["answer"][-1]
         if not (len(answer) == len(columns["kind"][-1]) == rows):
             raise RecordError(f"{path}: {rows} rows of features, {len(answer)} rows of labels")
@@ -102,12 +104,11 @@ def load_features(folder: Path) -> Features:
         columns["answer"][-1] = answer.astype(np.int64) + len(ids)
         ids += info.ids
         starts.append(starts[-1] + rows)
-    assert header is not None
     joined = {name: np.concatenate(parts) for name, parts in columns.items()}
     if joined["whole"].shape[1] != len(WHOLE):
         raise RecordError(f"{folder} was made by another version; extract again")
     return Features(
-        header=header,
+        header=first.header,
         paths=paths,
         starts=np.array(starts),
         ids=tuple(ids),

@@ -9,18 +9,17 @@ and ordinary prose (docs/decisions/one-head-fitted-on-tokens.md).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from offline.calibrate import operating_points, platt
 from offline.dataset import Dataset
 from offline.extract import FeaturesHeader, Kind
-from offline.features import Features, FloatArray, IntArray
+from offline.features import Features, IntArray
+from offline.l1_path import Solver, l1_path, standardise
 from offline.metrics import Bools, Floats, rank
 from offline.records import Record, RecordError, read_bytes, write_atomic
 from offline.splits import Part
@@ -29,8 +28,6 @@ from probes.probe import fold_scaler
 from probes.spans import Pooling
 
 log = logging.getLogger(__name__)
-
-Solver = Literal["skglm", "liblinear"]
 
 TOKEN_KINDS = (Kind.WRONG, Kind.RIGHT, Kind.SCAFFOLD, Kind.PROSE)  # all that somebody has judged
 # Standard deviation of the logits over the tokens that were fitted on. The scale of a logit is
@@ -135,13 +132,6 @@ def fit(data: Dataset, settings: FitSettings) -> FitResult:
     )
 
 
-def parse_solver(text: str) -> Solver:
-    """RecordError for an unknown solver."""
-    if text not in ("skglm", "liblinear"):
-        raise RecordError(f"solver {text!r} is not one of skglm, liblinear")
-    return "skglm" if text == "skglm" else "liblinear"
-
-
 def choose_rows(data: Dataset, settings: FitSettings) -> IntArray:
     """Rows to fit on: every claim, and a sample of scaffold and prose in proportion to the wrong
     ones. Right claims are few and the hardest to tell from wrong ones, so they are repeated."""
@@ -165,54 +155,6 @@ def choose_rows(data: Dataset, settings: FitSettings) -> IntArray:
 def sample(rows: IntArray, most: int, *, seed: int) -> IntArray:
     """At most `most` of `rows`, drawn without replacement."""
     return np.random.default_rng(seed).permutation(rows)[:most]
-
-
-def standardise(x: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Centre and scale the columns of `x` in place; returns mean and scale `[columns]`.
-
-    A constant column keeps scale 1: it becomes 0 and can get no weight.
-    """
-    mean, scale = x.mean(axis=0), x.std(axis=0)
-    scale[scale == 0] = 1.0
-    x -= mean
-    x /= scale
-    return mean, scale
-
-
-def l1_path(
-    x: FloatArray,
-    positive: NDArray[np.bool_],
-    strengths: Sequence[float],
-    *,
-    solver: Solver = "skglm",
-) -> Iterator[tuple[float, Floats, float]]:
-    """`(strength, coefficients, intercept)` of L1 logistic regressions, sparsest first.
-
-    x `[rows, columns]` float32, standardised, in Fortran order. A strength of 1 is the smallest at
-    which every coefficient is zero. skglm is made for full width and warm-starts along the path;
-    liblinear is the small reference and starts without compiling (20 s).
-    """
-    y = np.where(positive, 1.0, -1.0).astype(x.dtype)
-    largest = float(np.abs(x.T @ (positive - positive.mean()).astype(x.dtype)).max()) / len(x)
-    if not largest:
-        raise RecordError("all features are constant: nothing can be fitted")
-    if solver == "skglm":
-        from skglm import SparseLogisticRegression
-
-        model = SparseLogisticRegression(warm_start=True, tol=1e-3 * largest)
-    else:
-        from sklearn.linear_model import LogisticRegression
-
-        # liblinear penalises the intercept; scaled by 100 that is next to nothing.
-        model = LogisticRegression(
-            l1_ratio=1.0, solver="liblinear", intercept_scaling=100.0, max_iter=1000, random_state=0
-        )
-    for strength in sorted(strengths, reverse=True):
-        alpha = strength * largest
-        model.set_params(**({"alpha": alpha} if solver == "skglm" else {"C": 1 / (alpha * len(x))}))
-        model.fit(x, y)
-        intercept = float(np.ravel(model.intercept_)[0])
-        yield strength, np.ravel(model.coef_).astype(np.float64), intercept
 
 
 def choose(path: Sequence[Candidate]) -> Candidate:

@@ -11,7 +11,8 @@ import hashlib
 import importlib.metadata
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, TypeVar
@@ -172,11 +173,17 @@ def write_records(path: Path, header: Header, records: Sequence[Record]) -> None
 
 def write_atomic(path: Path, body: bytes) -> None:
     """`path` holds either its old content or `body`, also after a power cut."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(body)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write into, which takes the place of `path` when `with` ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(body)
-        file.flush()
+    yield temporary
+    with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
 

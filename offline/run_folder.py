@@ -22,10 +22,13 @@ P = ParamSpec("P")
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold `out` alone; RecordError when another process does. A holder may hold it again."""
+def locked(out: Path, name: str = LOCK) -> Iterator[None]:
+    """Hold `out` alone; RecordError when another process does. A holder may hold it again.
+
+    Processes that share the work on a folder each hold a `name` of their own.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / LOCK, timeout=0, is_singleton=True)
+    lock = FileLock(out / name, timeout=0, is_singleton=True)
     try:
         lock.acquire()
     except Timeout as exc:

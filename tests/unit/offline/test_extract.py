@@ -17,11 +17,12 @@ from offline.extract import (
     WHOLE,
     FeaturesHeader,
     Kind,
+    Part,
     Position,
-    ShardInfo,
     extract,
     features_header,
     make_items,
+    read_shard_info,
 )
 from offline.features import load_features
 from offline.judge import Case, by_alias
@@ -34,6 +35,7 @@ from server.engines.fake_model import IM_END
 
 MakeAnswer = Callable[..., Answer]
 END = frozenset({IM_END})
+ROW_BYTES = 3 * 24 * 2  # of the tiny model, float16
 
 
 @pytest.fixture
@@ -56,12 +58,14 @@ def _label(answer: Answer, tokenizer: PreTrainedTokenizerFast) -> Label:
     return label_one(answer, tokenizer, said, locate(answer, said.verdict))
 
 
-def _header(model: LlamaForCausalLM, position: Position = "read") -> FeaturesHeader:
+def _header(
+    model: LlamaForCausalLM, position: Position = "read", dtype: str = "float16"
+) -> FeaturesHeader:
     found = identity(
         model, find_ffns(model), model_id="tiny", revision="", tokenizer_sha256="t",
         chat_template_sha256="c",
     )  # fmt: skip
-    return features_header(found, position, "labels")
+    return features_header(found, position, "labels", dtype=dtype)
 
 
 def _reference(model: LlamaForCausalLM, ids: list[int]) -> torch.Tensor:
@@ -91,8 +95,8 @@ def test_a_row_is_the_pass_that_was_fed_its_token(
     """Traps 8, 10, 12: positions come from the kept ids; each answer's own rows; float32 arithmetic
     on a bfloat16 model. `write` is the pass before, which produced the token."""
     items = make_items(answers, labels, end_tokens=END)
-    header = _header(tiny_model, position)
-    rows = extract(tiny_model, items, tmp_path, header=header, dtype=torch.float32)
+    header = _header(tiny_model, position, "float32")
+    rows = extract(tiny_model, items, tmp_path, header=header)
     features = load_features(tmp_path)
     assert rows == len(features.kind) == sum(len(item.written) for item in items)
     shift = 0 if position == "read" else -1
@@ -118,7 +122,6 @@ def test_rows_say_what_their_token_is(
         make_items(answers, labels, end_tokens=END),
         tmp_path,
         header=_header(tiny_model),
-        dtype=torch.float16,
     )
     features = load_features(tmp_path)
     text: dict[str, dict[Kind, str]] = {}
@@ -142,7 +145,7 @@ def test_logprob_and_entropy_are_of_the_token_given_what_stands_before_it(
 ) -> None:
     """Off by one, the log-probability baseline would be of the next token and look useless."""
     items = make_items(answers, labels, end_tokens=END)
-    extract(tiny_model, items, tmp_path, header=_header(tiny_model), dtype=torch.float16)
+    extract(tiny_model, items, tmp_path, header=_header(tiny_model))
     features = load_features(tmp_path)
     for i, id in enumerate(features.ids):
         item = next(item for item in items if item.id == id)
@@ -159,34 +162,97 @@ def test_logprob_and_entropy_are_of_the_token_given_what_stands_before_it(
         assert whole["length"] == len(item.written)
 
 
-def test_a_killed_run_goes_on_and_ends_byte_identical(
-    tmp_path: Path, tiny_model: LlamaForCausalLM, answers: list[Answer], labels: list[Label]
-) -> None:
-    items = make_items(answers, labels, end_tokens=END)
+@pytest.fixture
+def run(
+    tiny_model: LlamaForCausalLM, answers: list[Answer], labels: list[Label]
+) -> Callable[..., dict[str, bytes]]:
+    """Extracts into a folder of small shards; returns the folder's files."""
 
-    def run(folder: Path) -> dict[str, bytes]:
-        extract(
-            tiny_model, items, folder, header=_header(tiny_model), dtype=torch.float16,
-            rows_per_shard=20,
-        )  # fmt: skip
+    def run(folder: Path, *parts: str) -> dict[str, bytes]:
+        for part in parts or ("1/1",):
+            extract(
+                tiny_model,
+                make_items(answers, labels, end_tokens=END),
+                folder,
+                header=_header(tiny_model),
+                part=Part.parse(part),
+                shard_bytes=20 * ROW_BYTES,
+            )
         return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
-    whole = run(tmp_path / "a")
+    return run
+
+
+def test_a_killed_run_goes_on_and_ends_byte_identical(
+    tmp_path: Path, run: Callable[..., dict[str, bytes]]
+) -> None:
+    whole = run(tmp_path)
     assert len(whole) > 1
-    (tmp_path / "a" / "shard-00001.safetensors").unlink()
-    (tmp_path / "a" / "shard-00001.safetensors.tmp").write_bytes(b"torn")
-    again = run(tmp_path / "a")
-    assert again == whole
+    (tmp_path / "shard-00001.safetensors").unlink()
+    (tmp_path / "shard-00001.safetensors.tmp").write_bytes(b"torn")
+    assert run(tmp_path) == whole
 
 
-def test_an_answer_without_a_span_gives_no_row(
-    answers: list[Answer], tokenizer: PreTrainedTokenizerFast, make_answer: MakeAnswer
+def test_parts_made_by_several_processes_are_the_whole(
+    tmp_path: Path, run: Callable[..., dict[str, bytes]]
+) -> None:
+    """Data parallelism without an engine of its own: shards do not know who made them. Until all
+    parts have run the folder is refused, since a fit on half of the answers looks like a fit."""
+    whole = run(tmp_path / "one")
+    assert 0 < len(run(tmp_path / "two", "2/2")) < len(whole)
+    with pytest.raises(RecordError, match=f"of {len(whole)} shards"):
+        load_features(tmp_path / "two")
+    assert run(tmp_path / "two", "1/2") == whole
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "-1/2", "1/0"])
+def test_a_part_that_does_not_exist_is_refused(text: str) -> None:
+    with pytest.raises(RecordError, match="I/N"):
+        Part.parse(text)
+
+
+@pytest.mark.parametrize("change", ["labels_sha256", "position", "dtype"])
+def test_a_folder_of_another_run_is_not_gone_on_with(
+    tmp_path: Path,
+    tiny_model: LlamaForCausalLM,
+    answers: list[Answer],
+    labels: list[Label],
+    change: str,
+) -> None:
+    """All its shards exist, so nothing would be read and the old features would be fitted on."""
+    items = make_items(answers, labels, end_tokens=END)
+    extract(tiny_model, items, tmp_path, header=_header(tiny_model))
+    other = {"labels_sha256": "x", "position": "write", "dtype": "bfloat16"}[change]
+    header = msgspec.structs.replace(_header(tiny_model), **{change: other})
+    with pytest.raises(RecordError, match="other labels"):
+        extract(tiny_model, items, tmp_path, header=header)
+
+
+def test_an_answer_without_a_claim_gives_rows_of_its_own_that_nothing_is_fitted_on(
+    tmp_path: Path,
+    tiny_model: LlamaForCausalLM,
+    answers: list[Answer],
+    labels: list[Label],
+    make_answer: MakeAnswer,
 ) -> None:
     """Trap 10: the reference saved the previous answer's tensor under this one's name."""
-    empty = make_answer("The capital of Poland is", id="set/ask/none/0")
-    labels = [_label(answer, tokenizer) for answer in (*answers, empty)]
-    items = make_items([*answers, empty], labels, end_tokens=END)
-    assert "set/ask/none/0" not in {item.id for item in items}
+    bare = make_answer("It is a town.", id="set/ask/bare/0")
+    silent = msgspec.structs.replace(bare, id="set/ask/silent/0", token_ids=(IM_END,))
+    label = Label(id=bare.id, verdict="wrong", span=(), tokens=(), others=(), dropped="")
+    others = [
+        msgspec.structs.replace(label, id=silent.id),
+        msgspec.structs.replace(labels[0], dropped="no words that make the claim"),
+    ]
+    items = make_items([*answers, bare, silent], [label, *others, *labels[1:]], end_tokens=END)
+    assert {item.id for item in items} == {bare.id, answers[1].id, answers[2].id}
+    extract(tiny_model, items, tmp_path, header=_header(tiny_model, dtype="float32"))
+    features = load_features(tmp_path)
+    here = np.flatnonzero(features.answer == features.ids.index(bare.id))
+    assert set(features.kind[here]) == {Kind.UNJUDGED}
+    start = len(bare.prompt_token_ids)
+    ids = [*bare.prompt_token_ids, *bare.token_ids[:-1]]
+    expected = _reference(tiny_model, ids)[start:].numpy()
+    assert np.median(np.abs(features.cett(here) - expected) / (expected + 1e-3)) < 0.01
 
 
 def test_labels_of_other_answers_are_an_error(answers: list[Answer], labels: list[Label]) -> None:
@@ -201,14 +267,14 @@ def test_shards_of_another_run_or_with_missing_rows_are_an_error(
     """Trap 14: the reference's matrix and its list of ids disagree in silence."""
     items = make_items(answers, labels, end_tokens=END)
     header = _header(tiny_model)
-    extract(tiny_model, items, tmp_path, header=header, dtype=torch.float16, rows_per_shard=20)
+    extract(tiny_model, items, tmp_path, header=header, shard_bytes=20 * ROW_BYTES)
     first = tmp_path / "shard-00000.safetensors"
     tensors = load_file(first)
-    ids = load_features(tmp_path).ids[:1]
+    info = read_shard_info(first)
 
     def save(header: FeaturesHeader, **changed: torch.Tensor) -> None:
-        info = msgspec.json.encode(ShardInfo(header=header, ids=ids)).decode()
-        save_file(tensors | changed, first, {SHARD_KEY: info})
+        written = msgspec.json.encode(msgspec.structs.replace(info, header=header)).decode()
+        save_file(tensors | changed, first, {SHARD_KEY: written})
 
     save(msgspec.structs.replace(header, labels_sha256="other"))
     with pytest.raises(RecordError, match="another run"):

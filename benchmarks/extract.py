@@ -1,0 +1,180 @@
+"""What batched extraction gains over one sequence at a time, and whether its memory grows.
+
+    python benchmarks/extract.py [FOLDER | HUB-ID] [--answers 128] [--rounds 3]
+
+Two contestants take turns over the same token ids. `reference` is the way of the paper's code: one
+sequence at a time, all logits, hooks that keep every layer's activations, CETT of every token of
+the prompt too, one file per answer. `ours` is `offline.extract`. Tokens are those of prompts and
+answers. Memory is the peak of a fresh process that extracts 1, 2 and 4 times the answers; what
+loading the model takes is in it. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from offline.extract import Item, Kind, extract, features_header
+from offline.models import LoadedModel, load_model, load_tokenizer
+from server.demo_model import ensure_demo_model
+
+# Written tokens per answer: nine short answers, then a long one (the demo model's answers to the
+# questions of the shipped probe have 24 on average).
+LENGTHS = (6, 8, 9, 11, 13, 15, 18, 24, 32, 100)
+MIB = 2**20
+
+
+def make_corpus(model: str, loaded: LoadedModel, answers: int) -> list[Item]:
+    """Random answers to questions of 5 to 24 random tokens, put through the chat template."""
+    tokenizer = load_tokenizer(model, revision=None).tokenizer
+    generator = torch.Generator().manual_seed(0)
+
+    def random_ids(count: int) -> list[int]:
+        return torch.randint(1000, 20_000, (count,), generator=generator).tolist()
+
+    corpus = []
+    for number in range(answers):
+        question = tokenizer.decode(random_ids(5 + number % 20))
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+        )
+        written = random_ids(LENGTHS[number % len(LENGTHS)])
+        kinds = (Kind.SCAFFOLD,) * len(written)
+        corpus.append(Item(f"a/b/{number}/0", tuple(prompt), tuple(written), kinds))
+    return corpus
+
+
+class KeepEverything:
+    """The reference's hooks: z and the output norm of every layer, until they are asked for."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.activations: list[Tensor] = []
+        self.norms: list[Tensor] = []
+        projections = [m for name, m in model.named_modules() if name.endswith("down_proj")]
+        self.column_norms = torch.stack([m.weight.data.norm(dim=0) for m in projections])
+        for module in projections:
+            module.register_forward_hook(self.keep)
+
+    def keep(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        self.activations.append(args[0].detach().squeeze(0))
+        self.norms.append(output.detach().norm(dim=-1, keepdim=True).squeeze(0))
+
+    def cett(self) -> Tensor:
+        """`[layers, tokens, neurons]`."""
+        z = torch.stack(self.activations).transpose(0, 1)
+        norms = torch.stack(self.norms).transpose(0, 1)
+        self.activations.clear()
+        self.norms.clear()
+        return (z.abs() * self.column_norms / (norms + 1e-8)).transpose(0, 1)
+
+
+def extract_reference(loaded: LoadedModel, corpus: list[Item], folder: Path) -> None:
+    """Mean CETT of the answer, one answer at a time."""
+    hooks = KeepEverything(loaded.model)
+    for number, item in enumerate(corpus):
+        with torch.no_grad():
+            loaded.model(torch.tensor([item.prompt + item.written], device=loaded.model.device))
+        mean = hooks.cett()[:, len(item.prompt) :].mean(dim=1).cpu().float()
+        save_file({"mean": mean}, folder / f"{number}.safetensors")
+
+
+def extract_ours(loaded: LoadedModel, corpus: list[Item], folder: Path) -> None:
+    header = features_header(loaded.identity, "read", "benchmark", dtype="float16")
+    extract(loaded.model, corpus, folder, header=header)
+
+
+CONTESTANTS: dict[str, Callable[[LoadedModel, list[Item], Path], None]] = {
+    "reference": extract_reference,
+    "ours": extract_ours,
+}
+
+
+def load(model: str) -> LoadedModel:
+    return load_model(model, revision=None, tokenizer=load_tokenizer(model, revision=None))
+
+
+def peak_mib(model: str, answers: int, queue: multiprocessing.Queue[int]) -> None:
+    """Runs in a process of its own, whose peak nothing else has touched."""
+    loaded = load(model)
+    folder = Path(tempfile.mkdtemp())
+    extract_ours(loaded, make_corpus(model, loaded, answers), folder)
+    shutil.rmtree(folder)
+    queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 // MIB)
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="folder or hub id (default: the demo model)")] = "",
+    answers: Annotated[int, typer.Option(min=10)] = 128,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+) -> None:
+    """Print tokens/s of both and the peaks."""
+    model = model or str(ensure_demo_model())
+    loaded = {name: load(model) for name in CONTESTANTS}  # hooks of one must not run in the other
+    corpus = make_corpus(model, loaded["ours"], answers)
+    tokens = sum(item.length for item in corpus)
+    for name, contestant in CONTESTANTS.items():  # warm up
+        with tempfile.TemporaryDirectory() as folder:
+            contestant(loaded[name], corpus[:10], Path(folder))
+    rates: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    for _ in range(rounds):
+        for name, contestant in CONTESTANTS.items():
+            with tempfile.TemporaryDirectory() as folder:
+                started = time.perf_counter()
+                contestant(loaded[name], corpus, Path(folder))
+                rates[name].append(tokens / (time.perf_counter() - started))
+    pairs = zip(rates["ours"], rates["reference"], strict=True)
+    gain = statistics.median(ours / reference for ours, reference in pairs)
+    for name, found in rates.items():
+        print(f"{name:<12}{statistics.median(found):>8.0f} tokens/s")
+    print(f"gain{gain:>16.1f} times")
+    peaks = {}
+    context = multiprocessing.get_context("spawn")
+    for times in (1, 2, 4):
+        queue: multiprocessing.Queue[int] = context.Queue()
+        child = context.Process(target=peak_mib, args=(model, times * answers, queue))
+        child.start()
+        peaks[times * answers] = queue.get()
+        child.join()
+        print(f"{times * answers:>6} answers: peak {peaks[times * answers]:>6} MiB")
+    result = {
+        "benchmark": "extract",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "model": Path(model).name,
+        "dtype": loaded["ours"].identity.dtype,
+        "device": str(loaded["ours"].model.device),
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "torch": importlib.metadata.version("torch"),
+        "transformers": importlib.metadata.version("transformers"),
+        "answers": answers,
+        "tokens": tokens,
+        "rounds": rounds,
+        "tokens_per_s": {name: statistics.median(found) for name, found in rates.items()},
+        "gain": gain,
+        "peak_mib": peaks,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    typer.run(main)
