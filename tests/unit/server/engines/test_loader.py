@@ -13,7 +13,8 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from probes.errors import ModelError, ProbeError, ProbeMismatchError
-from server.engines.loader import load_transformers_engine, tokenizer_sha256
+from probes.fingerprint import tokenizer_sha256
+from server.engines.loader import load_transformers_engine
 
 
 @pytest.fixture
