@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,29 @@ class FFN:
         return column_norms(self.weight.detach(), transposed=self.transposed)
 
 
+class Place(NamedTuple):
+    """A module whose name and place are those of a down projection."""
+
+    stack: str  # name of the list of blocks it belongs to
+    layer: int
+    name: str
+    module: nn.Module
+
+
+def down_projections(model: nn.Module) -> Iterator[Place]:
+    """Every module that is named as a down projection, outside attention and other towers.
+
+    Looks at names only: weights may be packed, sharded or absent. `find_ffns` checks them.
+    """
+    for name, module in model.named_modules():
+        block = _BLOCK.match(name)
+        if block is None or name.rpartition(".")[2] not in DOWN_NAMES:
+            continue
+        if _ATTENTION.search(block["inner"]) or _OTHER_TOWER.search(block["stack"]):
+            continue
+        yield Place(block["stack"], int(block["layer"]), name, module)
+
+
 def find_ffns(model: nn.Module) -> tuple[FFN, ...]:
     """Down projections of layers 0 .. L-1, exactly one each.
 
@@ -75,8 +98,8 @@ def find_ffns(model: nn.Module) -> tuple[FFN, ...]:
     _refuse_unsupported(model)
 
     stacks: dict[str, list[FFN]] = defaultdict(list)
-    for stack, ffn in _candidates(model, hidden=hidden):
-        stacks[stack].append(ffn)
+    for place in down_projections(model):
+        stacks[place.stack].append(_ffn(place, hidden=hidden))
     if len(stacks) != 1:
         found = ", ".join(f"{stack or '(root)'}.*" for stack in sorted(stacks)) or "none"
         raise ModelError(
@@ -117,18 +140,8 @@ def text_config(model: nn.Module) -> TextConfig:
     return decoder
 
 
-def _candidates(model: nn.Module, *, hidden: int) -> Iterator[tuple[str, FFN]]:
-    """Every down projection outside attention and outside other towers, with its stack's name."""
-    for name, module in model.named_modules():
-        block = _BLOCK.match(name)
-        if block is None or name.rpartition(".")[2] not in DOWN_NAMES:
-            continue
-        if _ATTENTION.search(block["inner"]) or _OTHER_TOWER.search(block["stack"]):
-            continue
-        yield block["stack"], _ffn(int(block["layer"]), name, module, hidden=hidden)
-
-
-def _ffn(layer: int, name: str, module: nn.Module, *, hidden: int) -> FFN:
+def _ffn(place: Place, *, hidden: int) -> FFN:
+    name, module = place.name, place.module
     transposed = type(module).__name__ == "Conv1D"
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.dtype not in _READABLE:
@@ -146,7 +159,7 @@ def _ffn(layer: int, name: str, module: nn.Module, *, hidden: int) -> FFN:
             f"this is not the down projection of a decoder layer"
         )
     return FFN(
-        layer=layer,
+        layer=place.layer,
         name=name,
         module=module,
         intermediate_size=in_size,

@@ -59,8 +59,13 @@ class Settings(BaseSettings):
 
     model: CliPositionalArg[str] = Field("", description="hub id, folder, or `demo`")
     config: Path | None = Field(None, description="yaml file with any of these settings")
-    engine: Literal["transformers", "fake"] = Field(
-        "transformers", description="what runs the model; `fake` has no weights and is for tests"
+    engine: Literal["transformers", "vllm", "fake"] = Field(
+        "transformers",
+        description="what runs the model; `vllm` is for production (`make vllm`), `fake` has no "
+        "weights and is for tests",
+    )
+    vllm_args: str = Field(
+        "", description="for `--engine vllm`: any of its own arguments, in one string"
     )
 
     probe: Words = Field(
@@ -123,6 +128,8 @@ class Settings(BaseSettings):
             raise ValueError("MODEL is missing: give a hub id, a folder, or `demo`")
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ValueError("ssl_keyfile and ssl_certfile belong together: give both or none")
+        if self.vllm_args and self.engine != "vllm":
+            raise ValueError("vllm_args: only `--engine vllm` takes them")
         if "none" in self.probe and len(self.probe) > 1:
             raise ValueError("probe: `none` cannot stand beside other probes")
         return self

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -63,7 +64,7 @@ def find_probes(settings: Settings) -> tuple[Path, ...]:
     if settings.probe:
         return tuple(_probe_path(word) for word in settings.probe)
     shipped = SHIPPED_PROBES / DEMO_PROBE
-    is_demo = settings.model == DEMO and settings.engine == "transformers"
+    is_demo = settings.model == DEMO and settings.engine != "fake"
     return (shipped,) if is_demo and shipped.is_dir() else ()
 
 
@@ -93,29 +94,36 @@ def load_engine(settings: Settings, model: Model, probes: Sequence[Probe]) -> En
     from huggingface_hub.errors import StrictDataclassError
     from transformers.utils import logging as transformers_logging
 
-    from server.engines.loader import load_transformers_engine
-
     # stderr is for JSON lines and one last sentence.
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        engine: Engine = load_transformers_engine(
-            model.source,
-            model_id=settings.model,
-            revision=settings.revision,
-            probes=probes,
-            dtype=None if settings.dtype == "auto" else settings.dtype,
-            device=None if settings.device == "auto" else settings.device,
-            max_model_len=settings.max_model_len,
-            max_num_seqs=settings.max_num_seqs,
-            max_waiting_requests=settings.max_waiting_requests,
-            max_waiting_tokens=settings.max_waiting_tokens,
-            suppression=settings.suppression,
-        )
+        return _load_checkpoint(settings, model, probes)
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         # What libraries raise for a damaged checkpoint, an unknown device, too little memory.
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ModelError(f"cannot load {settings.model!r}: {reason}") from error
-    return engine
+
+
+def _load_checkpoint(settings: Settings, model: Model, probes: Sequence[Probe]) -> Engine:
+    common: dict[str, Any] = {
+        "model_id": settings.model,
+        "revision": settings.revision,
+        "probes": probes,
+        "dtype": None if settings.dtype == "auto" else settings.dtype,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_num_seqs,
+        "max_waiting_requests": settings.max_waiting_requests,
+        "max_waiting_tokens": settings.max_waiting_tokens,
+        "suppression": settings.suppression,
+    }
+    if settings.engine == "vllm":
+        from server.engines.vllm.loader import load_vllm_engine
+
+        return load_vllm_engine(model.source, vllm_args=settings.vllm_args, **common)
+    from server.engines.loader import load_transformers_engine
+
+    device = None if settings.device == "auto" else settings.device
+    return load_transformers_engine(model.source, device=device, **common)
 
 
 def make_service(

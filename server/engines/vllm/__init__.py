@@ -1,0 +1,1 @@
+"""The production engine: vLLM, with the meter inside its compiled graph."""

@@ -1,0 +1,273 @@
+"""`Engine` over vLLM's AsyncLLM: steps out of its outputs and the readings that came with them.
+
+One request here is one request there. vLLM makes no text: detokenising and stop strings are above
+the seam, as for every engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+from vllm.exceptions import VLLMClientError
+from vllm.inputs.engine import tokens_input
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
+from vllm.v1.engine.exceptions import EngineGenerateError
+
+from server.engines.base import (
+    EngineCard,
+    EngineDeadError,
+    EngineOverloadedError,
+    GenerationRequest,
+    Health,
+    Reading,
+    RequestFailedError,
+    Sampling,
+    ScoreRequest,
+    Step,
+    TokenLogprobs,
+)
+from server.engines.vllm.plan import EXTRA_ARGS_KEY, MeterPlan, Order, salt
+from server.engines.vllm.processes import EngineProcesses
+from server.engines.vllm.tap import Reader, Tap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from vllm.outputs import CompletionOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from probes.probe import Probe
+
+
+class VllmEngine:
+    """`Engine` over a running AsyncLLM, which it owns."""
+
+    def __init__(
+        self,
+        llm: AsyncLLM,
+        tokenizer: PreTrainedTokenizerBase,
+        card: EngineCard,
+        *,
+        plan: MeterPlan | None,
+        max_waiting_requests: int,
+        max_waiting_tokens: int,
+    ) -> None:
+        """`plan` is what the workers read; None exactly when there is no probe."""
+        self._llm, self._tokenizer, self._card, self._plan = llm, tokenizer, card, plan
+        self._max_num_seqs: int = llm.vllm_config.scheduler_config.max_num_seqs
+        self._max_waiting_requests = max_waiting_requests
+        self._max_waiting_tokens = max_waiting_tokens
+        self._tap = Tap(llm)
+        self._processes = EngineProcesses(llm)
+        self._numbers = itertools.count()
+        self._dead = ""
+
+    @property
+    def card(self) -> EngineCard:
+        return self._card
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer
+
+    @property
+    def probes(self) -> Sequence[Probe]:
+        return self._plan.probes if self._plan is not None else ()
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Step, None]:
+        """See `Engine.generate`."""
+        if request.max_tokens < 1:
+            raise ValueError(f"max_tokens must be 1 or more, not {request.max_tokens}")
+        self._check(request.prompt_token_ids, more=request.max_tokens)
+        order = self._order(request.probe, request.alpha, request.contributors)
+        reads_last = request.read_last and order is not None
+        params = self._params(request.sampling, order)
+        params.max_tokens = request.max_tokens + (1 if reads_last else 0)
+        reader = Reader(self._plan, order, prompt_tokens=len(request.prompt_token_ids))
+        outputs = self._outputs(request.prompt_token_ids, params, order, reader)
+        written = 0
+        async with aclosing(outputs):
+            async for output in outputs:
+                for index, token_id in enumerate(output.token_ids):
+                    reading = reader.readings.popleft() if reader.readings else None
+                    if written == request.max_tokens:  # the hidden step: only its reading counts
+                        yield Step(None, reading, finish_reason="length")
+                        return
+                    written += 1
+                    is_last = index + 1 == len(output.token_ids)
+                    step = Step(token_id, reading, _logprobs(output, index, request.sampling))
+                    if output.finish_reason is not None and is_last:
+                        step = step._replace(finish_reason=_finish_reason(output.finish_reason))
+                    yield step
+                    if step.finish_reason is not None:
+                        return
+        raise RequestFailedError("no_finish", "vLLM ended the request without a reason")
+
+    async def score(self, request: ScoreRequest) -> tuple[Reading, ...]:
+        """See `Engine.score`. One prefill; the token that vLLM writes after it is thrown away."""
+        self._check(request.token_ids, more=0)
+        order = self._order(request.probe, request.alpha, request.contributors)
+        assert order is not None
+        order = order._replace(whole_prompt=True)
+        params = self._params(Sampling(temperature=0), order)
+        params.max_tokens = 1
+        params.skip_reading_prefix_cache = True  # cached tokens are not read again
+        reader = Reader(self._plan, order, prompt_tokens=len(request.token_ids))
+        outputs = self._outputs(request.token_ids, params, order, reader)
+        async with aclosing(outputs):
+            async for _ in outputs:
+                pass
+        # A preempted request reads its prompt again: the last reading of a position counts.
+        by_position = {reading.position: reading for reading in reader.readings}
+        wanted = range(max(request.start - 1, 0), len(request.token_ids))
+        return tuple(
+            by_position.get(position, self._unread(order, position)) for position in wanted
+        )
+
+    def health(self) -> Health:
+        readers = self._tap.readers.values()
+        waiting = [reader.prompt_tokens for reader in readers if not reader.has_begun]
+        self._look_at_processes()
+        return Health(
+            alive=not self._dead,
+            reason=self._dead,
+            running=len(readers) - len(waiting),
+            waiting=len(waiting),
+            waiting_tokens=sum(waiting),
+            seconds_since_step=time.monotonic() - self._tap.last_step if readers else 0.0,
+            forward_seconds_total=self._tap.seconds_total,
+        )
+
+    async def aclose(self) -> None:
+        """See `Engine.aclose`."""
+        self._die("the engine is closed")
+        await asyncio.to_thread(self._processes.end)
+
+    def _look_at_processes(self) -> None:
+        """A process that is gone or stopped is seen here before vLLM sees it, if ever."""
+        if not self._dead and (reason := self._processes.trouble()):
+            self._die(reason)
+
+    def _die(self, reason: str) -> None:
+        """End every open request with `reason`."""
+        if not self._dead:
+            self._dead = reason
+            self._llm.output_processor.propagate_error(VllmDeadError())
+
+    async def _outputs(
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        order: Order | None,
+        reader: Reader,
+    ) -> AsyncGenerator[CompletionOutput, None]:
+        """vLLM's outputs of one request, its errors as ours; closing it aborts the request."""
+        self._refuse_overload(len(token_ids))
+        if not self._tap.readers:
+            self._tap.last_step = time.monotonic()
+        name = f"hn{next(self._numbers)}"
+        self._tap.readers[name] = reader
+        cache_salt = salt(self._plan, order) if self._plan and order else None
+        prompt = tokens_input(list(token_ids), cache_salt=cache_salt)
+        try:
+            async with aclosing(self._llm.generate(prompt, params, name)) as stream:
+                async for output in stream:
+                    if reader.is_corrupt:
+                        raise RequestFailedError(
+                            "nonfinite_logits",
+                            "the model's logits are not finite; the request cannot go on",
+                        )
+                    yield output.outputs[0]
+        except VllmDeadError as error:
+            self._dead = self._dead or "vLLM's engine died; its log says why"
+            raise EngineDeadError(self._dead) from error
+        except (EngineGenerateError, VLLMClientError) as error:
+            reason = str(error.__cause__ or error) or type(error).__name__
+            raise RequestFailedError(
+                "engine_error", f"vLLM failed the request: {reason}"
+            ) from error
+        finally:
+            del self._tap.readers[name]
+
+    def _refuse_overload(self, prompt_tokens: int) -> None:
+        health = self.health()
+        if not health.alive:
+            raise EngineDeadError(health.reason)
+        free = max(0, self._max_num_seqs - health.running)
+        if health.waiting >= free + self._max_waiting_requests:
+            raise EngineOverloadedError(f"{health.waiting} requests are waiting already")
+        if health.waiting and health.waiting_tokens + prompt_tokens > self._max_waiting_tokens:
+            raise EngineOverloadedError(
+                f"{health.waiting_tokens} prompt tokens are waiting already"
+            )
+
+    def _check(self, token_ids: Sequence[int], *, more: int) -> None:
+        """Bounds that are checked above as well."""
+        total = len(token_ids) + more
+        if not token_ids or total > self._card.max_model_len:
+            raise ValueError(f"{total} tokens do not fit into 1..{self._card.max_model_len}")
+        if min(token_ids) < 0 or max(token_ids) >= self._card.identity.vocab_size:
+            raise ValueError(f"token ids are outside the vocabulary of {self._card.vocab_size}")
+
+    def _order(self, probe: str | None, alpha: float, contributors: int) -> Order | None:
+        if not math.isfinite(alpha) or alpha < 0:
+            raise ValueError(f"alpha must be a finite number >= 0, not {alpha}")
+        names = [known.card.name for known in self.probes]
+        if probe is None:
+            if alpha != 1:
+                raise ValueError("alpha scales the neurons of a probe: name one")
+            return None
+        if probe not in names:
+            raise ValueError(f"no probe {probe!r} is attached; there are {names}")
+        assert self._plan is not None
+        if alpha != 1 and not self._plan.suppression:
+            raise ValueError("this engine was made without suppression: alpha must be 1")
+        return Order(names.index(probe), alpha, contributors, whole_prompt=False)
+
+    def _params(self, sampling: Sampling, order: Order | None) -> SamplingParams:
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            seed=None if sampling.seed is None else sampling.seed % 2**63,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            repetition_penalty=sampling.repetition_penalty,
+            logit_bias=dict(sampling.logit_bias) or None,
+            logprobs=sampling.logprobs,
+            ignore_eos=sampling.ignore_eos,
+            stop_token_ids=[] if sampling.ignore_eos else sorted(self._card.eos_token_ids),
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+            extra_args=None if order is None else {EXTRA_ARGS_KEY: list(order)},
+            skip_clone=True,
+        )
+
+    def _unread(self, order: Order, position: int) -> Reading:
+        assert self._plan is not None
+        heads = len(self._plan.probes[order.probe].bias)
+        return Reading(position, (math.nan,) * heads)
+
+
+def _finish_reason(reason: str) -> Any:
+    if reason in ("stop", "length"):
+        return reason
+    raise RequestFailedError("engine_error", f"vLLM ended the request with {reason!r}")
+
+
+def _logprobs(output: CompletionOutput, index: int, sampling: Sampling) -> TokenLogprobs | None:
+    if sampling.logprobs is None:
+        return None
+    assert output.logprobs is not None
+    table = output.logprobs[index]
+    assert table is not None
+    best = sorted(table.items(), key=lambda item: (item[1].rank or 0, item[0]))
+    top = tuple((token_id, found.logprob) for token_id, found in best[: sampling.logprobs])
+    return TokenLogprobs(table[output.token_ids[index]].logprob, top)

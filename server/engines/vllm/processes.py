@@ -1,0 +1,41 @@
+"""The processes that vLLM started: who they are, how they are, and their end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import psutil
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+SECONDS_TO_END = 1.0  # for their own farewell; then they are killed
+
+
+class EngineProcesses:
+    """The engine's process and its workers, as they were when the engine was ready."""
+
+    def __init__(self, llm: AsyncLLM) -> None:
+        self._llm = llm
+        self._processes = psutil.Process().children(recursive=True)
+
+    def trouble(self) -> str:
+        """Why the engine cannot work, from the states of its processes; empty when it can."""
+        for process in self._processes:
+            try:
+                status = process.status()
+            except psutil.NoSuchProcess:
+                return f"vLLM's process {process.pid} is gone"
+            if status in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                return f"vLLM's process {process.pid} died"
+            if status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
+                return f"vLLM's process {process.pid} was stopped"
+        return ""
+
+    def end(self) -> None:
+        """Blocks until none is left."""
+        self._llm.shutdown(timeout=SECONDS_TO_END)
+        for process in self._processes:
+            if process.is_running():
+                process.kill()
+        psutil.wait_procs(self._processes, timeout=SECONDS_TO_END)

@@ -1,0 +1,197 @@
+"""What runs inside vLLM's processes: workers with a meter, a scheduler that hands readings on.
+
+vLLM finds these classes by their dotted names. A worker's model runner is wrapped where it learns
+of requests, where it has laid out the rows of a pass, and where it hands out what the pass gave.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.platforms import current_platform
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from probes.errors import ModelError
+from server.engines.vllm.meter import Pending, Readings, WorkerMeter
+from server.engines.vllm.plan import EXTRA_ARGS_KEY, MeterPlan, Order
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as _Worker
+
+SECONDS_BETWEEN_LOOKS = 0.5  # of the engine's process at its parent
+
+
+class MeteredWorker(_Worker):
+    """vLLM's worker; its model is metered as soon as it is loaded, before it is compiled."""
+
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        super().load_model(load_dummy_weights=load_dummy_weights)
+        plan = self.vllm_config.additional_config
+        if not isinstance(plan, MeterPlan):
+            raise ModelError("a metered worker was started without a plan of what to read")
+        if not isinstance(self.model_runner, GPUModelRunner):
+            raise ModelError(f"the rows of {type(self.model_runner)} are not known to the meter")
+        max_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
+        meter = WorkerMeter(self.model_runner.model, plan, max_tokens=max_tokens)
+        wrap(self.model_runner, meter)
+
+
+def wrap(runner: Any, meter: WorkerMeter) -> None:
+    """Let the meter see every real pass of vLLM's model runner (dummy passes lay out no rows)."""
+    execute: Callable[..., Any] = runner.execute_model
+    prepare: Callable[..., Any] = runner._prepare_inputs
+    sample: Callable[..., Any] = runner.sample_tokens
+
+    def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        meter.learn(scheduler_output)
+        return execute(scheduler_output, *args, **kwargs)
+
+    def prepare_inputs(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        prepared = prepare(scheduler_output, *args, **kwargs)
+        batch = runner.input_batch
+        meter.begin(batch.req_ids[: batch.num_reqs], scheduler_output.num_scheduled_tokens)
+        return prepared
+
+    @torch.inference_mode()
+    def sample_tokens(*args: Any, **kwargs: Any) -> Any:
+        pending = meter.read(runner.positions)
+        with _keeping_idle_generators(runner):
+            output = sample(*args, **kwargs)
+        return _attach(output, pending)
+
+    runner.execute_model = execute_model
+    runner._prepare_inputs = prepare_inputs
+    runner.sample_tokens = sample_tokens
+
+
+@contextmanager
+def _keeping_idle_generators(runner: Any) -> Iterator[None]:
+    """A seeded request whose prompt is not read to its end draws no random number yet.
+
+    vLLM draws one for every row and turns the generator back afterwards, which generators on the
+    CPU cannot do: one seeded request with a long prompt would end the engine (seen with 0.32).
+    """
+    generators = runner.input_batch.generators
+    idle = np.nonzero(runner.discard_request_mask.np[: runner.input_batch.num_reqs])[0].tolist()
+    held = {row: generators.pop(row) for row in idle if row in generators}
+    yield
+    generators.update(held)
+
+
+def _attach(output: Any, pending: Pending | None) -> Any:
+    if pending is None:
+        return output
+    if isinstance(output, AsyncModelRunnerOutput):
+        return _Later(output, pending)
+    if isinstance(output, ModelRunnerOutput) and output is not EMPTY_MODEL_RUNNER_OUTPUT:
+        output.hneurons = pending.take()
+    return output
+
+
+class _Later(AsyncModelRunnerOutput):
+    """An output that is still on its way from the device, with its readings."""
+
+    def __init__(self, output: AsyncModelRunnerOutput, pending: Pending) -> None:
+        self._output, self._pending = output, pending
+
+    def get_output(self) -> ModelRunnerOutput:
+        output = self._output.get_output()
+        output.hneurons = self._pending.take()
+        return output
+
+
+class _HandsOn:
+    """Mixin for vLLM's schedulers: a step's readings leave as one vector on its first output.
+
+    The vector begins with the number of numbers that belong to each output of the step.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._chunks: dict[str, list[Any]] = {}  # readings of prompts that are read in chunks
+
+    def update_from_output(
+        self, scheduler_output: Any, model_runner_output: Any
+    ) -> dict[int, EngineCoreOutputs]:
+        readings: Readings | None = getattr(model_runner_output, "hneurons", None)
+        by_client: dict[int, EngineCoreOutputs] = super().update_from_output(  # type: ignore[misc]
+            scheduler_output, model_runner_output
+        )
+        if readings is not None:
+            segments = {
+                request_id: readings.data[readings.bounds[i] : readings.bounds[i + 1]]
+                for request_id, i in model_runner_output.req_id_to_index.items()
+            }
+            self._keep_chunks(segments, by_client)
+            for outputs in by_client.values():
+                self._hand_on(outputs.outputs, segments)
+        return by_client
+
+    def _keep_chunks(self, segments: dict[str, Any], by_client: dict[int, Any]) -> None:
+        """Prompts that are read as a whole: gather their readings until the request puts out."""
+        emitting = {out.request_id for outs in by_client.values() for out in outs.outputs}
+        for request_id in list(self._chunks):
+            if request_id not in self.requests:  # type: ignore[attr-defined]
+                chunks = self._chunks.pop(request_id)
+                if request_id in emitting and request_id in segments:
+                    segments[request_id] = np.concatenate([*chunks, segments[request_id]])
+        for request_id in segments.keys() - emitting:
+            request = self.requests.get(request_id)  # type: ignore[attr-defined]
+            extra = request and request.sampling_params and request.sampling_params.extra_args
+            if extra and Order(*extra[EXTRA_ARGS_KEY]).whole_prompt:
+                self._chunks.setdefault(request_id, []).append(segments[request_id])
+
+    @staticmethod
+    def _hand_on(outputs: list[EngineCoreOutput], segments: dict[str, Any]) -> None:
+        if not outputs:
+            return
+        nothing = np.empty(0, dtype=np.float32)
+        parts = [segments.get(output.request_id, nothing) for output in outputs]
+        lengths = np.array([len(part) for part in parts], dtype=np.float32)
+        outputs[0].routed_experts = np.concatenate([lengths, *parts])
+
+
+class _MeteredScheduler(_HandsOn, Scheduler):
+    pass
+
+
+class _MeteredAsyncScheduler(_HandsOn, AsyncScheduler):
+    pass
+
+
+def make_scheduler(**arguments: Any) -> Scheduler:
+    """What vLLM calls in the engine's process for a scheduler."""
+    _end_with_parent()
+    asynchronous = arguments["vllm_config"].scheduler_config.async_scheduling
+    return (_MeteredAsyncScheduler if asynchronous else _MeteredScheduler)(**arguments)
+
+
+def _end_with_parent() -> None:
+    """The engine's process leaves when the server does, even when that was killed.
+
+    Workers watch the engine's process themselves. Ctrl-C in a terminal reaches every process of it:
+    the server alone decides what that means.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
