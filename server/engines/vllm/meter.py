@@ -126,6 +126,9 @@ class WorkerMeter:
         if not dosed and not self._is_dosed:
             return
         self._is_dosed = dosed
+        if not dosed:
+            self._buffers.dose.zero_()  # all rows: a later pass may have more of them than this one
+            return
         by_request = torch.zeros(len(orders), len(self._plan.probes))
         for index, order in enumerate(orders):
             if order is not None:
@@ -143,7 +146,7 @@ class WorkerMeter:
             return None
         taken = [row for first, last in step.spans for row in range(first, last)]
         device = self._buffers.cett.device
-        rows = torch.tensor(taken, device=device)
+        rows = torch.tensor(taken, dtype=torch.int64, device=device)
         values = self._cett_of(rows)
         logits = values @ self._weight + self._bias
         numbers = torch.cat([positions[rows].float().unsqueeze(-1), logits], dim=-1)
