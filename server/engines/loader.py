@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 DEFAULT_MODEL_LEN = {"cpu": 4096, "cuda": 16_384}
 # Prompt tokens that are read in one pass; running streams wait that long for their next token.
 PREFILL_TOKENS = {"cpu": 512, "cuda": 4096}
-# Caches that a batch of rows can live in. Others (recurrent states, chunks) need their own engine.
 
 
 def load_transformers_engine(
