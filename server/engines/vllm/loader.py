@@ -151,8 +151,9 @@ def _start(arguments: AsyncEngineArgs, plan: MeterPlan | None) -> AsyncLLM:
     arguments.skip_tokenizer_init = True
     arguments.disable_log_stats = True
     arguments.enable_log_requests = False
+    arguments.scheduler_cls = SCHEDULER
     if plan is not None:
-        arguments.worker_cls, arguments.scheduler_cls = WORKER, SCHEDULER
+        arguments.worker_cls = WORKER
     is_sized = arguments.kv_cache_memory_bytes or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
     if current_platform.is_cpu() and not is_sized:
         arguments.kv_cache_memory_bytes = KV_CACHE_BYTES_ON_CPU
