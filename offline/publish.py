@@ -30,7 +30,6 @@ from offline.records import (
     read_records,
     sha256,
     versions,
-    write_atomic,
 )
 from offline.splits import SHARES
 from probes import known_answer
@@ -98,12 +97,25 @@ def publish(
     )
     examples = [_ids(answer) for answer in _examples(data)]
     probe = with_known_answers(make_probe(card, result, ffns), loaded.model, ffns, examples)
-    probe.save(folder)
-    write_atomic(folder / "README.md", readme(probe.card, probe.id).encode())
+    if not _is_there(folder, probe):
+        probe.save(folder, readme=readme(probe.card, probe.id))
     written = Probe.load(folder)
     match(written, loaded.identity)
     log.info("%s: %d neurons in %s", written.id, len(written.layer), folder)
     return written
+
+
+def _is_there(folder: Path, probe: Probe) -> bool:
+    """The folder holds this very probe: a run that was finished, or killed just then, is repeated.
+    RecordError when it holds another."""
+    if not folder.exists():
+        return False
+    found = Probe.load(folder).card
+    if msgspec.structs.replace(found, created="") != msgspec.structs.replace(
+        probe.card, created=""
+    ):
+        raise RecordError(f"{folder} holds another probe; choose a new folder with --to")
+    return True
 
 
 def training_facts(run: Path, result: FitResult, data: Dataset, *, command: str) -> dict[str, str]:

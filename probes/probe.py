@@ -28,6 +28,7 @@ MAX_NEURONS = 65536
 MAX_WEIGHT = 1e8  # per unit of CETT; a folded scaler makes weights large, never this large
 
 CARD_FILE = "probe.json"
+README_FILE = "README.md"
 TENSORS_FILE = "probe.safetensors"
 
 
@@ -161,8 +162,11 @@ class Probe:
         _require_known_answers(probe)
         return probe
 
-    def save(self, path: Path) -> None:
-        """Write the new folder `path` atomically; ProbeError when it exists."""
+    def save(self, path: Path, *, readme: str | None = None) -> None:
+        """Write the new folder `path` atomically; ProbeError when it exists.
+
+        `readme` lies beside the probe for people and hubs; it is never read.
+        """
         _require_known_answers(self)
         content = safetensors.torch.save({name: getattr(self, name) for name in _TENSORS})
         if hashlib.sha256(content).hexdigest() != self.card.tensors_sha256:
@@ -170,7 +174,8 @@ class Probe:
         card = msgspec.json.format(msgspec.json.encode(self.card, order="deterministic"), indent=1)
         digest = hashlib.sha256(card).hexdigest().encode()
         envelope = b'{"card_sha256": "%b",\n"card": %b}\n' % (digest, card)
-        write_folder(path, {CARD_FILE: envelope, TENSORS_FILE: content})
+        files = {CARD_FILE: envelope, TENSORS_FILE: content}
+        write_folder(path, files | ({} if readme is None else {README_FILE: readme.encode()}))
 
 
 def fold_scaler(

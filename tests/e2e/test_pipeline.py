@@ -1,19 +1,14 @@
 """From questions to a probe that a server loads, on a tiny model, over HTTP, on a CPU.
 
-The model is trained for a few seconds to answer in sentences, so that right and wrong answers,
-their claims and ordinary prose exist; everything after that is the product's own path.
+Only the model (conftest.py) is made for the test; everything else is the product's own path.
 """
 
 from __future__ import annotations
 
-import json
-from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from offline import metrics
@@ -23,7 +18,6 @@ from offline.features import load_features
 from offline.fit import FitResult
 from offline.label import used
 from offline.models import load_model, load_tokenizer
-from offline.questions import Source, read_questions
 from offline.records import Answer, Label, read_records
 from probes import known_answer
 from probes.calibration import calibrate
@@ -31,54 +25,6 @@ from probes.fingerprint import match
 from probes.neurons import find_ffns
 from probes.probe import Probe
 from probes.tap import Meter
-
-RIGHT = ("Rome", "Oslo", "Lima", "Bonn")
-WRONG = ("Kiel", "Nice", "Bath", "Graz")
-PROSE = (
-    "once upon a time there was a small dog who liked the sea and slept all day",
-    "first take a cup and then fill it with warm water and wait a little while",
-    "it is good to walk in the morning because the air is fresh and clear",
-)
-TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %} :"
-
-
-@pytest.fixture(scope="module")
-def questions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Question file (20 relations of 8) and ordinary prompts."""
-    folder = tmp_path_factory.mktemp("questions")
-    number = count()
-    facts = [
-        {"id": f"q{n}", "question": f"The r{g} of e{n} is", "answers": RIGHT, "group": f"r{g}"}
-        for g in range(20)
-        for n in (next(number) for _ in range(8))
-    ]
-    prompts = [
-        {"id": f"p{n}", "prompt": f"Tell me about e{n}", "kind": "story", "split": split}
-        for n, split in enumerate(["fit"] * 9 + ["held_out"] * 6 + ["test"] * 6)
-    ]
-    for name, rows in (("facts", facts), ("prompts", prompts)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder / "facts.jsonl", folder / "prompts.jsonl"
-
-
-@pytest.fixture(scope="module")
-def tiny_model(questions: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a Llama that answers half of the questions wrongly."""
-    facts, prompts = questions
-    pairs = [
-        (q.prompt, f" {q.question} {(RIGHT + WRONG)[i % 8]}.")
-        for i, q in enumerate(read_questions(Source.parse(f"{facts}:complete")))
-    ]
-    pairs += [
-        (p.prompt, f" {PROSE[i % 3]}")
-        for i, p in enumerate(read_questions(Source.parse(f"{prompts}:ordinary")))
-    ]
-    tokenizer = _tokenizer(pairs)
-    model = _trained(tokenizer, pairs)
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +43,9 @@ def run(
     return out
 
 
-def test_answers_come_over_http_and_are_labelled_with_their_claims(run: Path) -> None:
+def test_answers_come_over_http_and_are_labelled_with_their_claims(
+    run: Path, right_answers: tuple[str, ...]
+) -> None:
     _, answers = read_records(run / "answers.jsonl", Answer)
     _, labels = read_records(run / "labels.jsonl", Label)
     assert len(answers) == len(labels) == 181
@@ -108,7 +56,7 @@ def test_answers_come_over_http_and_are_labelled_with_their_claims(run: Path) ->
     text = {answer.id: answer.text for answer in answers}
     for label in labels:
         if label.verdict == "wrong" and not label.dropped:
-            assert all(text[label.id][slice(*span)] not in RIGHT for span in label.span)
+            assert all(text[label.id][slice(*span)] not in right_answers for span in label.span)
 
 
 def test_the_features_hold_every_token_once(run: Path) -> None:
@@ -189,55 +137,3 @@ def test_collecting_again_asks_nothing_and_changes_nothing(
     )
     assert result.exit_code == 0, result.output
     assert (run / "answers.jsonl").read_bytes() == before
-
-
-def _tokenizer(pairs: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
-    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    pieces = {"<unk>": 0, "<eos>": 1}
-    for text in (*(part for pair in pairs for part in pair), " :"):
-        for piece, _ in split.pre_tokenize_str(text):
-            pieces.setdefault(piece, len(pieces))
-    tokenizer = Tokenizer(models.WordLevel(pieces, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = split
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<eos>", special=True)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<eos>",
-        chat_template=TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def _trained(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=48,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=256,
-            eos_token_id=1,
-            bos_token_id=None,
-        )
-    )
-    rows = []
-    for prompt, answer in pairs:
-        ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], return_dict=False
-        )
-        written = [*tokenizer.encode(answer), 1]
-        rows.append((ids + written, [-100] * len(ids) + written))
-    longest = max(len(ids) for ids, _ in rows)
-    ids = torch.tensor([ids + [1] * (longest - len(ids)) for ids, _ in rows])
-    wanted = torch.tensor([w + [-100] * (longest - len(w)) for _, w in rows])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(120):
-        chosen = torch.randint(len(rows), (32,))
-        loss = model(input_ids=ids[chosen], labels=wanted[chosen]).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model.eval()
