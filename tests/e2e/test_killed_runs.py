@@ -1,7 +1,7 @@
 """A run that is killed again and again ends with the same bytes as one that is left alone.
 
-About 60 s of one core, minutes of a busy machine. One process imports everything once and forks for each attempt, as the
-imports would take longer than the work.
+About 60 s of one core, minutes of a busy machine. One process imports everything once and forks
+for each attempt, as the imports would take longer than the work.
 """
 
 from __future__ import annotations
