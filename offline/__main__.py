@@ -354,7 +354,7 @@ def main() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         app()
-    except HNeuronsError as error:
+    except (HNeuronsError, OSError) as error:  # of the latter: a full disk, a folder of others
         sys.exit(f"error: {error}")
 
 

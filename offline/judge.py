@@ -93,8 +93,9 @@ def by_alias(case: Case) -> Judgement:
     found = words(case.text)
     spans = list(_alias_words(found, aliases))
     if not spans:
+        claimed = new_words(found, case.question)
         evasive = evades(case.text, case.question)
-        near = not evasive and any(_is_near(found, case.question, alias) for alias in aliases)
+        near = not evasive and any(_is_near(claimed, alias) for alias in aliases)
         return Judgement("unjudged", NEAR) if near else Judgement("wrong")
     standing = [(start, stop) for start, stop in spans if not _is_denied(found, start)]
     if not standing:
@@ -256,10 +257,9 @@ def _is_one_of_several(text: str, found: Sequence[Word], start: int, stop: int) 
     return any(not pair[1].is_stop for pair in joined) or (len(listed) == 2 and all(listed))
 
 
-def _is_near(found: Sequence[Word], question: str, alias: Alias) -> bool:
+def _is_near(claimed: Sequence[Word], alias: Alias) -> bool:
     """At least half of the alias's own words, or forms of them, are claimed by the text."""
     own = [w for w in words(" ".join(alias)) if not w.is_stop and not w.text.isupper()]
-    claimed = new_words(found, question)
     numbers = [w for w in own if w.key.isdigit()]
     if numbers and any(w.key.isdigit() for w in claimed):  # of a date the year decides
         own = [w for w in numbers if len(w.key) == 4] or numbers

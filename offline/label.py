@@ -152,9 +152,9 @@ def label_one(
     judgement  None for an answer to an ordinary prompt, which has nothing to be judged by
     located    None when the claim is not found; the answer then counts as a whole only
     """
-    offsets = answer_spans.token_offsets(tokenizer, answer.token_ids)
     if answer_spans.decode(tokenizer, answer.token_ids) != answer.text:
         return _label(answer, "unjudged", dropped=ROUND_TRIP)
+    offsets = answer_spans.token_offsets(tokenizer, answer.token_ids)
     if judgement is None:
         written = tuple(i for i, (start, stop) in enumerate(offsets) if start < stop)
         return _label(answer, "ordinary", others=written)

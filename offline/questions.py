@@ -6,6 +6,7 @@ A row needs `id` and either `question` + `answers` (a question that can be answe
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import re
 from collections import defaultdict
@@ -18,6 +19,11 @@ import msgspec
 from offline.records import RecordError
 
 MAX_ROW_BYTES = 1_000_000
+_MARKS = (
+    (codecs.BOM_UTF8, "UTF-8"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,12 +95,13 @@ def _as_is(text: str) -> str:
     return text
 
 
+ORDINARY = "ordinary"
 STYLES: dict[str, tuple[Callable[[str], str], int]] = {
     # name: (how the prompt is made, most tokens of the answer)
     "complete": (_complete, 24),
     "answer_only": (_answer_only, 24),
     "ask": (_ask, 40),
-    "ordinary": (_as_is, 160),
+    ORDINARY: (_as_is, 160),
 }
 
 
@@ -105,6 +112,12 @@ def read_questions(source: Source) -> list[Question]:
         groups[row.group].append(row)
     stop = source.skip + source.per_group if source.per_group else None
     chosen = [row for rows in groups.values() for row in rows[source.skip : stop]]
+    for row in chosen:
+        if row.prompt and source.style != ORDINARY:
+            raise RecordError(
+                f"{source.path}, row {row.id!r}: a prompt is asked as it is, in the style "
+                f"{ORDINARY}; {source.style} is for questions"
+            )
     make_prompt, max_tokens = STYLES[source.style]
     name = source.path.stem
     return [
@@ -139,6 +152,12 @@ def _read_rows(path: Path) -> list[Row]:
         body = path.read_bytes()
     except OSError as exc:
         raise RecordError(f"cannot read the questions: {exc}") from exc
+    for mark, name in _MARKS:
+        if body.startswith(mark):
+            raise RecordError(
+                f"{path}, line 1: starts with the byte order mark of {name}; save it as UTF-8 "
+                f"without one"
+            )
     for number, line in enumerate(body.split(b"\n"), start=1):
         if not line.strip():
             continue
@@ -156,10 +175,14 @@ def _read_rows(path: Path) -> list[Row]:
                 f"{path}, line {number} ({row.id!r}): needs a question with at least one answer, "
                 f"or a prompt"
             )
+        if not all(answer.strip() for answer in row.answers):
+            raise RecordError(f"{path}, line {number} ({row.id!r}): an accepted answer is empty")
         if row.id in seen:
             raise RecordError(f"{path}, line {number}: id {row.id!r} stands there twice")
         seen.add(row.id)
         rows.append(row)
+    if not rows:
+        raise RecordError(f"{path} holds no question")
     return rows
 
 

@@ -205,8 +205,10 @@ class Appender:
         self._file = path.open("ab", buffering=0)
 
     def append(self, record: Record) -> None:
-        """One line, one write, on disk when this returns."""
-        self._file.write(msgspec.json.encode(record) + b"\n")
+        """One line, one write, on disk when this returns; RecordError when the disk took a part."""
+        line = msgspec.json.encode(record) + b"\n"
+        if self._file.write(line) != len(line):
+            raise RecordError(f"only part of a line went into {self.path}: is the disk full?")
         os.fsync(self._file.fileno())
 
     def __enter__(self) -> Self:

@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 APOSTROPHE = "\N{RIGHT SINGLE QUOTATION MARK}"
@@ -96,6 +97,7 @@ def akin(a: str, b: str) -> bool:
     return shared >= 4 and 2 * shared >= max(len(a), len(b))
 
 
+@lru_cache(maxsize=100_000)  # accepted answers by the hundred, most of them of the same words
 def _key(word: str) -> str:
     decomposed = unicodedata.normalize("NFKD", word.casefold())
     kept = "".join(c for c in decomposed if not unicodedata.combining(c)).translate(_LETTERS)

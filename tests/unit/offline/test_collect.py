@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -174,6 +175,24 @@ async def test_samples_of_a_question_have_seeds_of_their_own_that_do_not_depend_
     assert first == second
     assert len(set(first.values())) == 9
     assert all((b["top_p"], b["top_k"]) == (0.9, 50) for b in scripted.bodies)
+
+
+async def test_the_bar_starts_with_what_is_there_and_tells_rate_and_time_left(
+    scripted: ScriptedServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bar that starts at nothing again makes people think that their answers are lost."""
+    path, header = tmp_path / "a.jsonl", _header(Sampling())
+    await _collect(scripted, path, _questions(5))
+    capsys.readouterr()
+    asks = missing(_questions(8), path, header=header, samples=1)
+    await collect(
+        asks, path, base_url=scripted.url, header=header, sampling=Sampling(), in_flight=1, done=5
+    )
+    shown = capsys.readouterr().err
+    assert "5/8" in shown
+    assert "8/8" in shown
+    assert "0/8" not in shown
+    assert re.search(r"\[\d\d:\d\d<[\d:?]+, +[\d.?]+ ?(answer/s|s/answer)", shown)
 
 
 async def test_the_finished_file_is_the_same_however_often_it_was_cut(

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from offline import __main__ as command
 from offline.extract import parse_dtype, parse_position
 from offline.l1_path import parse_solver
+from offline.questions import Source
 from offline.records import RecordError
 from probes.errors import HNeuronsError
 
@@ -97,3 +100,15 @@ def test_a_verb_without_its_input_says_what_is_missing(tmp_path: Path) -> None:
         result = CliRunner().invoke(command.app, arguments)
         assert isinstance(result.exception, HNeuronsError), arguments
         assert word in str(result.exception)
+
+
+def test_the_command_of_make_probe_is_understood(repository: Path) -> None:
+    """Trap 19: the reference's README names a flag that its code does not have."""
+    plan = subprocess.run(
+        ["make", "--dry-run", "probe"], cwd=repository, capture_output=True, text=True, check=True
+    ).stdout
+    words = shlex.split(plan[plan.index("-m offline") :].replace("\\\n", " "))[2:]
+    verb = typer.main.get_command(command.app).commands[words[0]]  # type: ignore[attr-defined]
+    with verb.make_context(words[0], words[1:]) as context:
+        sources = [Source.parse(text) for text in context.params["questions"]]
+    assert len(sources) >= 5

@@ -57,6 +57,39 @@ def test_span_and_scaffold_tokens_lie_inside_the_answer_and_never_overlap(
     assert max(*label.tokens, *label.others) < len(answer.token_ids) - 1
 
 
+TEMPLATES = {
+    "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "text after the end token": "{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>--\n"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}",
+    "bare": "{% for m in messages %}{{ m.content }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("question", ["The capital of Poland is", "Is it Warsaw or Warsaw?"])
+def test_tokens_are_counted_from_the_first_written_one_whatever_the_template(
+    make_answer: MakeAnswer, tokenizer: PreTrainedTokenizerFast, name: str, question: str
+) -> None:
+    """Traps 8 and 9: the reference guesses the length of the prompt from the template, one token
+    off, and counts the assistant's header, or the question itself, as output."""
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}],
+        chat_template=TEMPLATES[name],
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    answer = msgspec.structs.replace(
+        make_answer("It is Lodz.", question, ("Radom",)), prompt_token_ids=tuple(prompt)
+    )
+    label = _label_one(answer, tokenizer)
+    read = [*answer.prompt_token_ids, *answer.token_ids]
+    at = [len(prompt) + i for i in label.tokens]
+    assert tokenizer.decode([read[i] for i in at]).strip() == "Lodz"
+    around = [len(prompt) + i for i in label.others]
+    assert tokenizer.decode([read[i] for i in around]) == "Itis."  # a byte is a token
+
+
 def test_ids_that_do_not_decode_to_the_text_are_refused_and_counted(
     make_answer: MakeAnswer, tokenizer: PreTrainedTokenizerFast
 ) -> None:
