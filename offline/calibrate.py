@@ -8,7 +8,9 @@ from numpy.typing import NDArray
 from offline.metrics import Floats
 from offline.records import RecordError
 from probes.calibration import Calibration, Isotonic, OperatingPoint, Platt, calibrate
+from probes.card import ReferenceRisks
 
+REFERENCE_BINS = 10
 RATES = (0.01, 0.05, 0.1)  # false-positive rates of the operating points fpr_1, fpr_5, fpr_10
 
 
@@ -61,6 +63,16 @@ def operating_points(
             )
         )
     return tuple(points)
+
+
+def reference_risks(calibration: Calibration, logits: Floats) -> ReferenceRisks:
+    """The distribution of these risks in bins that hold about as many each."""
+    risks = calibrate(calibration, logits)
+    quantiles = np.arange(1, REFERENCE_BINS) / REFERENCE_BINS
+    edges = np.unique(np.quantile(risks, quantiles, method="higher"))
+    edges = edges[(edges > max(risks.min(), 0.0)) & (edges < 1)]  # no empty lowest bin
+    counts = np.bincount(np.searchsorted(edges, risks, side="right"), minlength=len(edges) + 1)
+    return ReferenceRisks(edges=tuple(edges.tolist()), shares=tuple((counts / len(risks)).tolist()))
 
 
 def _require_both(hallucinated: NDArray[np.bool_]) -> None:

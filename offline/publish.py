@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offline.calibrate import reference_risks
 from offline.card import NOT_GOOD_FOR, readme
 from offline.dataset import Dataset
 from offline.evaluate import Evaluation
@@ -77,6 +78,9 @@ def publish(
             calibration=result.token,
             operating_points=result.token_points,
             default=result.settings.token_default,
+            reference=reference_risks(
+                result.token, result.chosen.logits(data.features, mixture(data, "calibrate"))
+            ),
         ),
         response=ResponseRule(
             head=HEAD,

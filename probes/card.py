@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_right
+from itertools import pairwise
 from typing import Literal
 
 import msgspec
@@ -52,13 +54,37 @@ class ModelIdentity(Record, frozen=True, kw_only=True):
             raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, not {self.dtype!r}")
 
 
-class TokenRule(Record, frozen=True, kw_only=True):
+class ReferenceRisks(Record, frozen=True, kw_only=True):
+    """How the token risks of the calibration mixture were distributed: drift is measured from it.
+
+    edges   ascending, cut [0, 1] into bins; a risk equal to an edge lies in the bin above it
+    shares  of the risks in each bin, one more than edges, none zero
+    """
+
+    edges: tuple[float, ...]
+    shares: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if any(a >= b for a, b in pairwise((0.0, *self.edges, 1.0))):
+            raise ValueError("edges of reference risks must rise strictly inside (0, 1)")
+        if len(self.shares) != len(self.edges) + 1 or not all(share > 0 for share in self.shares):
+            raise ValueError("reference risks need one share > 0 per bin")
+        if not math.isclose(math.fsum(self.shares), 1.0, abs_tol=1e-6):
+            raise ValueError(f"shares must add up to 1, not {math.fsum(self.shares)}")
+
+    def bin(self, risk: float) -> int:
+        """Index of the bin in which `risk` lies."""
+        return bisect_right(self.edges, risk)
+
+
+class TokenRule(Record, frozen=True, kw_only=True, omit_defaults=True):
     """How one head's logit of one token becomes the token's risk."""
 
     head: str
     calibration: Calibration
     operating_points: tuple[OperatingPoint, ...]
     default: str  # name of the operating point that is used when a request sets no threshold
+    reference: ReferenceRisks | None = None  # None: published before it was told; drift is unknown
 
     def __post_init__(self) -> None:
         _require_operating_points(self.operating_points, self.default)

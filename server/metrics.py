@@ -6,21 +6,25 @@ values come from closed sets only (served model, loaded probes, fixed words), ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter as Counted
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
+from typing import get_args
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
     Histogram,
+    ProcessCollector,
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
+from probes.probe import Probe
+from server.collectors import EngineCollector, VllmCollector
 from server.engines.base import Health
-from server.monitor import RiskSummary, Token
+from server.monitor import Ended, RiskSummary, Status, Token, Unscored
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -38,6 +42,12 @@ _REQUEST_SECONDS = (
     *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
 _RISK = tuple(round(0.05 * step, 2) for step in range(1, 21))
+# Closed sets of label values; their series begin at zero, so that a rate sees the first event.
+ENDPOINTS = ("chat_completions", "completions", "risk")
+FAILURES = ("engine_dead", "internal_error", "monitor_failed", "nonfinite_logits", "slow_client")
+ABORTS = ("disconnect", "slow_client")
+ACTIONS = ("stopped", "withheld", "retried")
+RELOADS = ("loaded", "rejected")
 
 
 class Metrics:
@@ -81,6 +91,12 @@ class Metrics:
             "Choices generated or scored with alpha other than 1.",
             ["probe"],
         )
+        self._binned = self._counter(
+            "binned_tokens", "Calibrated tokens by bin of the card's reference.", ["probe", "bin"]
+        )
+        self._reference = self._gauge(
+            "reference_bin_ratio", "Share of each bin in the card's reference.", ["probe", "bin"]
+        )
         self._actions = self._counter(
             "policy_actions", "What a policy did to an answer.", ["probe", "action"]
         )
@@ -112,17 +128,58 @@ class Metrics:
             ["endpoint"],
             _REQUEST_SECONDS,
         )
-        self._probe_info = Gauge(
-            "hneurons_probe_info",
-            "Probes that are loaded; always 1.",
-            ["model_name", "probe", "position"],
-            registry=self.registry,
+        self._probe_info = self._gauge(
+            "probe_info", "Probes that are loaded; always 1.", ["probe", "position"]
         )
+        self._reloads = self._counter(
+            "probe_reloads", "Times that probes were read again, by what came of it.", ["result"]
+        )
+        self._audit_failures = self._counter(
+            "audit_failures", "Audit records that could not be written.", []
+        ).labels(model_name)
+        self._gauge("build_info", "What runs; always 1.", ["version"]).labels(
+            model_name, version("hneurons")
+        ).set(1)
+        for counter, values in (
+            (self._failures, FAILURES),
+            (self._aborts, ABORTS),
+            (self._requests, ENDPOINTS),
+            (self._choices, get_args(Ended)),
+            (self._rejected, ("overloaded",)),
+            (self._reloads, RELOADS),
+        ):
+            for value in values:
+                counter.labels(model_name, value)
+        ProcessCollector(registry=self.registry)
+        self.registry.register(VllmCollector())
         if health is not None:
-            self.registry.register(_EngineCollector(model_name, health))
+            self.registry.register(EngineCollector(model_name, health))
 
-    def probe_loaded(self, probe: str, *, position: str) -> None:
-        self._probe_info.labels(self._model_name, probe, position).set(1)
+    def show_probes(self, probes: Sequence[Probe]) -> None:
+        """These are loaded now, with all their series from zero: a rate needs a first sample."""
+        self._probe_info.clear()
+        self._reference.clear()
+        for probe in probes:
+            labels = (self._model_name, probe.id)
+            self._probe_info.labels(*labels, probe.card.position).set(1)
+            for counter in (
+                self._scored, self._flagged, self._flagged_responses, self._suppressed
+            ):  # fmt: skip
+                counter.labels(*labels)
+            for reason in get_args(Unscored):
+                self._unscored.labels(*labels, reason)
+            for status in get_args(Status):
+                self._responses.labels(*labels, status)
+            for action in ACTIONS:
+                self._actions.labels(*labels, action)
+            if (reference := probe.card.token.reference) is not None:
+                for i, share in enumerate(reference.shares):
+                    self._reference.labels(*labels, f"{i:02}").set(share)
+                    self._binned.labels(*labels, f"{i:02}")
+
+    def probes_reloaded(self, result: str) -> None:
+        """`loaded` or `rejected`."""
+        self._reloads.labels(self._model_name, result).inc()
 
     def request_accepted(self, endpoint: str, *, prompt_tokens: int) -> None:
         self._requests.labels(self._model_name, endpoint).inc()
@@ -174,14 +231,24 @@ class Metrics:
         histogram = self._token_risk.labels(model, probe, suppressed)
         for value in scored:
             histogram.observe(value)
+        reference = plan.probe.card.token.reference
+        if reference is not None and plan.is_calibrated:
+            for bin_, count in Counted(map(reference.bin, scored)).items():
+                self._binned.labels(model, probe, f"{bin_:02}").inc(count)
         for token in tokens:
             # The end of the turn is never read; counting it would hide what really went wrong.
             if token.unscored is not None and token.text:
                 self._unscored.labels(model, probe, token.unscored).inc()
 
+    def audit_failed(self) -> None:
+        self._audit_failures.inc()
+
     def render(self) -> bytes:
         """The page for `GET /metrics`, of type `CONTENT_TYPE`."""
         return generate_latest(self.registry)
+
+    def _gauge(self, name: str, text: str, labels: Iterable[str]) -> Gauge:
+        return Gauge(f"hneurons_{name}", text, ["model_name", *labels], registry=self.registry)
 
     def _counter(self, name: str, text: str, labels: Iterable[str]) -> Counter:
         return Counter(f"hneurons_{name}", text, ["model_name", *labels], registry=self.registry)
@@ -191,33 +258,3 @@ class Metrics:
     ) -> Histogram:
         names = ["model_name", *labels]
         return Histogram(f"hneurons_{name}", text, names, buckets=buckets, registry=self.registry)
-
-
-class _EngineCollector(Collector):
-    """The engine's own totals, read at the moment of the scrape."""
-
-    def __init__(self, model_name: str, health: Callable[[], Health]) -> None:
-        self._model_name = model_name
-        self._health = health
-
-    def collect(self) -> Iterator[Metric]:
-        health = self._health()
-        gauges = {
-            "engine_alive": ("1 while the engine can work.", float(health.alive)),
-            "requests_running": ("Requests that are decoding.", health.running),
-            "requests_waiting": ("Requests in the queue.", health.waiting),
-            "waiting_prompt_tokens": ("Prompt tokens in the queue.", health.waiting_tokens),
-            "seconds_since_step": ("Since the last pass; 0 while idle.", health.seconds_since_step),
-        }
-        counters = {
-            "meter_seconds": ("Time spent in the meter.", health.meter_seconds_total),
-            "forward_seconds": ("Time in forward passes.", health.forward_seconds_total),
-        }
-        for name, (text, value) in gauges.items():
-            gauge = GaugeMetricFamily(f"hneurons_{name}", text, labels=["model_name"])
-            gauge.add_metric([self._model_name], value)
-            yield gauge
-        for name, (text, value) in counters.items():
-            counter = CounterMetricFamily(f"hneurons_{name}", text, labels=["model_name"])
-            counter.add_metric([self._model_name], value)
-            yield counter

@@ -22,6 +22,7 @@ from server.stop_strings import StopStrings
 
 Policy: TypeAlias = Literal["flag", "stop", "withhold", "retry"]
 Unscored: TypeAlias = Literal["not_read", "nonfinite"]
+Status: TypeAlias = Literal["scored", "partial", "unavailable"]
 Ended: TypeAlias = Literal["stop", "length", "content_filter"]
 
 
@@ -91,7 +92,7 @@ class RiskSummary:
     """The risk of a whole answer; `score` and `is_flagged` are None when nothing was scored."""
 
     plan: RiskPlan
-    status: Literal["scored", "partial", "unavailable"]
+    status: Status
     reason: str | None
     score: float | None
     is_flagged: bool | None

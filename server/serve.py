@@ -59,12 +59,7 @@ def serve(settings: Settings, *, announce: Callable[[str], None]) -> int:
             log.warning("no API keys are set and the address is not loopback: anyone can connect")
         model = find_model(settings)
         engine = load_engine(settings, model, probes)
-        service = make_service(
-            engine,
-            model,
-            suppression=settings.suppression,
-            risk_by_default=settings.risk_by_default,
-        )
+        service = make_service(settings, engine, model)
         return asyncio.run(_run(settings, service, hashes, _Listening(main, metrics, announce)))
 
 
@@ -100,6 +95,8 @@ async def _run(
             await server.serve([listening.main])
     finally:
         await _close(engine)
+        for recorder in service.recorders:
+            recorder.close()
     return server.exit_code
 
 

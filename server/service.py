@@ -9,6 +9,7 @@ from functools import cached_property
 from importlib.metadata import version
 
 from probes.probe import Probe
+from server.answer_record import AnswerRecord, Recorder
 from server.detokenizer import TokenNames
 from server.engines.base import Engine
 from server.metrics import Metrics
@@ -29,6 +30,8 @@ class Service:
     max_total_tokens: int = 65_536  # n * max_tokens of one request
     keep_alive_seconds: float = 15.0  # a silent stream sends a comment this often
     clock: Callable[[], float] = time.monotonic
+    recorders: tuple[Recorder, ...] = ()  # told of every answer that is over
+    keeps_text: bool = False  # records carry the text that went out
 
     @property
     def model_name(self) -> str:
@@ -45,6 +48,11 @@ class Service:
     def token_names(self) -> TokenNames:
         """How tokens are called in log-probabilities."""
         return TokenNames(self.engine.tokenizer)
+
+    def record(self, answer: AnswerRecord) -> None:
+        """Tell the audit log and the traces, where there are any."""
+        for recorder in self.recorders:
+            recorder.record(answer)
 
     def probe(self, name: str) -> Probe | None:
         """The loaded probe of that name, or of that `name@sha`."""

@@ -118,6 +118,19 @@ class Settings(BaseSettings):
     heartbeat: float = Field(
         60.0, gt=0, description="seconds without a step that mean the engine hangs"
     )
+    audit_log: Path | None = Field(
+        None, description="append one JSON line per answer to this file: probe, alpha, result"
+    )
+    audit_text: bool = Field(False, description="with the text that went out")
+    audit_max_bytes: int = Field(
+        104_857_600, ge=4096, description="a larger audit log is renamed and a new one begun"
+    )
+    otlp_traces_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://.+/v1/traces$",
+        description="OTLP/HTTP address of traces, `http://collector:4318/v1/traces`; events go to "
+        "/v1/logs beside it (needs the extra `otel`)",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="of the JSON lines on stderr"
     )
@@ -130,6 +143,8 @@ class Settings(BaseSettings):
             raise ValueError("ssl_keyfile and ssl_certfile belong together: give both or none")
         if self.vllm_args and self.engine != "vllm":
             raise ValueError("vllm_args: only `--engine vllm` takes them")
+        if self.audit_text and self.audit_log is None:
+            raise ValueError("audit_text: there is no audit_log to write it to")
         if "none" in self.probe and len(self.probe) > 1:
             raise ValueError("probe: `none` cannot stand beside other probes")
         return self

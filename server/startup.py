@@ -6,7 +6,7 @@ Everything here refuses with one sentence before the listener exists.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 import probes
 from probes.errors import ModelError
 from probes.probe import Probe
+from server.answer_record import Recorder
+from server.audit import AuditLog
 from server.auth import hash_keys, read_key_hashes
 from server.engines.base import Engine
 from server.metrics import Metrics
@@ -126,24 +128,37 @@ def _load_checkpoint(settings: Settings, model: Model, probes: Sequence[Probe]) 
     return load_transformers_engine(model.source, device=device, **common)
 
 
-def make_service(
-    engine: Engine, model: Model, *, suppression: bool, risk_by_default: bool
-) -> Service:
+def make_service(settings: Settings, engine: Engine, model: Model) -> Service:
     """What the handlers get: plain values, no settings."""
-    if risk_by_default and not engine.probes:
+    if settings.risk_by_default and not engine.probes:
         raise BadSettingsError("risk_by_default: the server has no probe; add --probe")
     metrics = Metrics(model_name=model.names[0], health=engine.health)
-    for probe in engine.probes:
-        metrics.probe_loaded(probe.id, position=probe.card.position)
+    metrics.show_probes(engine.probes)
     return Service(
         engine=engine,
         metrics=metrics,
         served_names=model.names,
         created=int(time.time()),
         default_probe=engine.probes[0].card.name if engine.probes else None,
-        suppression=suppression,
-        risk_by_default=risk_by_default,
+        suppression=settings.suppression,
+        risk_by_default=settings.risk_by_default,
+        recorders=tuple(_recorders(settings, metrics)),
+        keeps_text=settings.audit_text,
     )
+
+
+def _recorders(settings: Settings, metrics: Metrics) -> Iterator[Recorder]:
+    if settings.audit_log is not None:
+        yield AuditLog(
+            settings.audit_log,
+            max_bytes=settings.audit_max_bytes,
+            with_text=settings.audit_text,
+            on_failure=metrics.audit_failed,
+        )
+    if settings.otlp_traces_endpoint is not None:
+        from server.tracing import Tracing
+
+        yield Tracing(settings.otlp_traces_endpoint)
 
 
 def _probe_path(word: str) -> Path:

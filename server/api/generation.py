@@ -14,6 +14,7 @@ from fastapi import Request
 from starlette.responses import Response
 
 from probes.errors import HNeuronsError
+from server.answer_record import AnswerRecord, ChoiceRecord
 from server.api.errors import APIError, to_api_error
 from server.api.objects import Writer, usage
 from server.api.schemas import ChatRequest, CompletionRequest
@@ -35,6 +36,12 @@ def record_of(request: Request) -> dict[str, object]:
     """What the request's log line shall say; see `server/edge.py`."""
     record: dict[str, object] = request.scope.get("state", {}).get("record", {})
     return record
+
+
+def origin_of(request: Request) -> tuple[str, str | None]:
+    """`(request id, traceparent)`: how this request is called elsewhere."""
+    request_id: str = request.scope.get("state", {}).get("request_id", "")
+    return request_id, request.headers.get("traceparent")
 
 
 async def respond(
@@ -62,6 +69,7 @@ async def respond(
             names=service.token_names,
             orders=orders,
         ),
+        request=request,
     )
     record = record_of(request)
     try:
@@ -90,14 +98,17 @@ class _Run:
         endpoint: str,
         prompt_tokens: int,
         writer: Writer,
+        request: Request,
     ) -> None:
         self._service = service
+        self._request_id, self._traceparent = origin_of(request)
         self._orders = orders
         self._endpoint = endpoint
         self._prompt_tokens = prompt_tokens
         self._writer = writer
         self._started = service.clock()
         self._endings: dict[int, Ending] = {}
+        self._texts: list[list[str]] = [[] for _ in orders]  # only if a recorder keeps text
         service.metrics.request_accepted(endpoint, prompt_tokens=prompt_tokens)
 
     async def whole(self) -> JSON:
@@ -165,19 +176,54 @@ class _Run:
             answer(self._service.engine, order, observer=self._observer(order))
             for order in self._orders
         ]
+        error_code: str | None = "aborted"
         try:
             async with aclosing(_merge(streams, silence=silence)) as events:
                 async for item in events:
-                    if item is not None and isinstance(item[1], Ending):
-                        self._endings[item[0]] = item[1]
-                        metrics.choice_finished(item[1].finish_reason)
+                    if item is not None:
+                        self._note(*item)
                     yield item
+            error_code = None
         except EngineOverloadedError:
+            error_code = "overloaded"
             raise  # refused, not failed
         except HNeuronsError as error:
-            metrics.request_failed(to_api_error(error).code or "unknown")
+            error_code = to_api_error(error).code or "unknown"
+            metrics.request_failed(error_code)
             raise
+        finally:
+            self._service.record(self._answer_record(error_code))
         metrics.request_finished(self._endpoint, seconds=self._service.clock() - self._started)
+
+    def _note(self, i: int, event: Piece | Ending) -> None:
+        if isinstance(event, Ending):
+            self._endings[i] = event
+            self._service.metrics.choice_finished(event.finish_reason)
+        elif self._service.keeps_text:
+            self._texts[i].append(event.text)
+
+    def _answer_record(self, error: str | None) -> AnswerRecord:
+        endings = [self._endings.get(i) for i in range(len(self._orders))]
+        return AnswerRecord(
+            request_id=self._request_id,
+            answer_id=self._writer.id,
+            endpoint=self._endpoint,
+            model=self._service.model_name,
+            plan=self._orders[0].plan,
+            choices=[
+                ChoiceRecord(
+                    finish_reason=ending.finish_reason if ending else None,
+                    risk=ending.risk if ending else None,
+                    text="".join(texts),
+                )
+                for ending, texts in zip(endings, self._texts, strict=True)
+            ],
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=sum(ending.completion_tokens for ending in endings if ending),
+            seconds=self._service.clock() - self._started,
+            error=error,
+            traceparent=self._traceparent,
+        )
 
     def _observer(self, order: Order) -> Observer:
         metrics, clock = self._service.metrics, self._service.clock

@@ -12,9 +12,10 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from probes.errors import HNeuronsError
+from server.answer_record import AnswerRecord, ChoiceRecord
 from server.api.answers import ScoredText, documented
 from server.api.errors import APIError, to_api_error
-from server.api.generation import new_id, record_of
+from server.api.generation import new_id, origin_of, record_of
 from server.api.orders import (
     chat_prompt,
     check_context,
@@ -86,6 +87,21 @@ async def score_text(body: ScoreTextRequest, request: Request) -> Response:
         probe=plan.probe.id,
         alpha=plan.alpha,
         flagged=[risk.is_flagged],
+    )
+    request_id, traceparent = origin_of(request)
+    service.record(
+        AnswerRecord(
+            request_id=request_id,
+            answer_id=answer_id,
+            endpoint="risk",
+            model=service.model_name,
+            plan=plan,
+            choices=[ChoiceRecord(finish_reason=None, risk=risk, text="")],
+            prompt_tokens=len(given.prompt),
+            completion_tokens=0,
+            seconds=service.clock() - started,
+            traceparent=traceparent,
+        )
     )
     document: dict[str, Any] = {
         "id": answer_id,

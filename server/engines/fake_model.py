@@ -15,6 +15,7 @@ from probes.card import (
     KnownAnswer,
     ModelIdentity,
     ProbeCard,
+    ReferenceRisks,
     ResponseRule,
     TokenRule,
 )
@@ -25,6 +26,10 @@ from probes.spans import Pooling
 # A token id below 256 is that byte; the rest are special tokens.
 EOS, IM_START, IM_END = 256, 257, 258
 VOCAB_SIZE = 259
+# Of risks of ordinary text with a year or a price in it: one character in ten is a digit.
+_REFERENCE = ReferenceRisks(
+    edges=(0.042, 0.0475, 0.053, 0.5), shares=(0.225, 0.225, 0.225, 0.225, 0.1)
+)
 _DIGITS = frozenset(b"0123456789")
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _CHAT_TEMPLATE = (
@@ -87,7 +92,11 @@ def fake_probe(
         position=position,
         heads=("token", "answer"),
         token=TokenRule(
-            head="token", calibration=calibration, operating_points=points, default=default
+            head="token",
+            calibration=calibration,
+            operating_points=points,
+            default=default,
+            reference=_REFERENCE,
         ),
         response=ResponseRule(
             head="answer",

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 
+import pytest
+from prometheus_client import REGISTRY, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.engines.base import Health
+from probes.card import ReferenceRisks
+from server.engines.base import Health, Reading
+from server.engines.fake_model import fake_probe
 from server.metrics import Metrics
+from server.monitor import RiskPlan, Token, score, summarise
 
 LABELS = {"model_name", "probe", "endpoint", "reason", "status", "finished_reason", "action"}
-LABELS |= {"suppressed", "position", "le"}
+LABELS |= {"suppressed", "position", "le", "bin", "result", "version"}
 
 
 def families(metrics):
@@ -27,8 +32,12 @@ def test_names_follow_prometheus_and_labels_come_from_a_closed_set():
     metrics.choice_finished("stop")
     metrics.token_written()
     metrics.policy_acted("p@1", action="withheld")
-    metrics.probe_loaded("p@1", position="read")
+    metrics.show_probes([fake_probe()])
+    metrics.probes_reloaded("loaded")
+    metrics.audit_failed()
     for family in families(metrics):
+        if family.name.startswith("process_"):  # Prometheus' own names for what every process has
+            continue
         assert re.fullmatch(r"hneurons_[a-z_]+", family.name)
         assert family.documentation
         for sample in family.samples:
@@ -66,3 +75,90 @@ def test_two_servers_in_one_process_do_not_share_counters():
         if sample.name == "hneurons_generation_tokens_total"
     ]
     assert written == [1, 0]
+
+
+def samples(metrics, name):
+    """Sample values by label values, from the last label's name to the first, without the model."""
+    return {
+        tuple(v for k, v in sorted(sample.labels.items())[::-1] if k != "model_name"): sample.value
+        for family in families(metrics)
+        for sample in family.samples
+        if sample.name == name
+    }
+
+
+def plan_of(probe, *, alpha=1.0):
+    return RiskPlan(
+        probe=probe,
+        alpha=alpha,
+        token_threshold=0.5,
+        response_threshold=0.5,
+        operating_point=None,
+        contributors=0,
+        with_tokens=True,
+        policy="flag",
+    )
+
+
+def monitored(metrics, plan, logits):
+    readings = [Reading(i, (logit, logit)) for i, logit in enumerate(logits)]
+    tokens = [score(plan, Token(1, "a", i, i + 1), r) for i, r in enumerate(readings)]
+    metrics.response_monitored(summarise(plan, tokens), tokens)
+
+
+def test_calibrated_risks_are_counted_in_the_bins_of_the_card():
+    """Drift is measured from these; a suppressed answer is another distribution on purpose."""
+    metrics, probe = Metrics(model_name="m"), fake_probe()
+    metrics.show_probes([probe])
+    reference = probe.card.token.reference
+    monitored(metrics, plan_of(probe), [-5.0, 3.0, 3.0, float("nan")])
+    monitored(metrics, plan_of(probe, alpha=0.5), [3.0])
+    binned = samples(metrics, "hneurons_binned_tokens_total")
+    assert binned == {
+        (probe.id, f"{i:02}"): {0: 1, len(reference.edges): 2}.get(i, 0)
+        for i in range(len(reference.shares))
+    }
+    shares = samples(metrics, "hneurons_reference_bin_ratio")
+    assert tuple(shares.values()) == reference.shares
+
+
+def test_every_series_of_a_probe_begins_at_zero():
+    """A counter that appears with its first event has no rate for it: the first NaN is missed."""
+    metrics, probe = Metrics(model_name="m"), fake_probe()
+    metrics.show_probes([probe])
+    assert samples(metrics, "hneurons_unscored_tokens_total") == {
+        (reason, probe.id): 0 for reason in ("not_read", "nonfinite")
+    }
+    assert samples(metrics, "hneurons_flagged_tokens_total") == {(probe.id,): 0}
+    assert len(samples(metrics, "hneurons_failed_requests_total")) == 5
+
+
+def test_a_probe_that_is_gone_is_shown_no_more():
+    """Two probes on one replica after a switch would look like a shadow."""
+    metrics = Metrics(model_name="m")
+    old, new = fake_probe("old"), fake_probe("new")
+    metrics.show_probes([old])
+    metrics.show_probes([new])
+    assert list(samples(metrics, "hneurons_probe_info")) == [(new.id, "read")]
+    assert {key[0] for key in samples(metrics, "hneurons_reference_bin_ratio")} == {new.id}
+
+
+def test_metrics_of_vllm_pass_through_under_their_own_names():
+    """Dashboards for vLLM exist; renamed metrics would leave them empty."""
+    gauge = Gauge("vllm:num_requests_waiting", "Waiting.", ["engine"], registry=REGISTRY)
+    gauge.labels("0").set(3)
+    try:
+        page = Metrics(model_name="m").render().decode()
+        assert 'vllm:num_requests_waiting{engine="0"} 3.0' in page
+        assert "python_gc" not in page
+    finally:
+        REGISTRY.unregister(gauge)
+
+
+def test_edges_of_reference_risks_belong_to_the_bin_above():
+    """Off by one bin, and the same traffic drifts."""
+    reference = ReferenceRisks(edges=(0.1, 0.5), shares=(0.5, 0.25, 0.25))
+    assert [reference.bin(risk) for risk in (0.0, 0.1, 0.49, 0.5, 1.0)] == [0, 1, 1, 2, 2]
+    for edges, shares in (((0.5, 0.1), (0.5, 0.25, 0.25)), ((0.5,), (1.0, 0.0)), ((), (0.9,))):
+        with pytest.raises(ValueError, match=r"reference|shares"):
+            ReferenceRisks(edges=edges, shares=shares)

@@ -81,10 +81,10 @@ def test_risk_by_default_needs_a_probe() -> None:
     """Prevents: a server that promises a risk and never gives one."""
     engine = FakeEngine(probes=[])
     model = startup.Model("m", ("m",))
-    service = make_service(engine, model, suppression=True, risk_by_default=False)
+    service = make_service(Settings(model="m"), engine, model)
     assert service.default_probe is None
     with pytest.raises(BadSettingsError, match="risk_by_default"):
-        make_service(engine, model, suppression=True, risk_by_default=True)
+        make_service(Settings(model="m", risk_by_default=True), engine, model)
 
 
 def test_a_damaged_checkpoint_is_a_sentence(tmp_path: Path) -> None:
