@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from offline.records import RecordError, Verdict
-from offline.words import APOSTROPHE, Word, akin, new_words, occurrences, words
+from offline.words import APOSTROPHE, Word, akin, contains, new_words, occurrences, words
 
 Alias = tuple[str, ...]
 
@@ -168,7 +168,7 @@ def usable_aliases(gold: Iterable[str], question: str) -> list[Alias]:
             parts = parts[1:] if lower else parts  # "the SAP Center", but The Who
         keys = tuple(part.key for part in parts)
         short = len(keys) == 1 and len(keys[0]) <= 2 and keys[0].isascii() and keys[0].isalpha()
-        if not keys or any(occurrences(asked, keys)) or (short and not parts[0].text.isupper()):
+        if not keys or contains(asked, keys) or (short and not parts[0].text.isupper()):
             continue
         usable.append((_capitals(parts[0]),) if short else keys)
     return usable

@@ -177,10 +177,13 @@ def label_one(
 
 def locate(answer: Answer, verdict: Verdict) -> Located | None:
     """By rule: the accepted answer in a right one where it stands there; else what the question did
-    not give."""
+    not give. A claim at which the text was cut off may be half of one, and is none."""
     aliases = usable_aliases(answer.gold, answer.question)
     right = answer_spans.locate_right(answer.text, aliases) if verdict == "right" else None
-    return right or answer_spans.locate_wrong(answer.text, answer.question, answer.gold)
+    found = right or answer_spans.locate_wrong(answer.text, answer.question, answer.gold)
+    if found and answer.finish_reason == "length" and found.judged_until == len(answer.text):
+        return None
+    return found
 
 
 def used(labels: Iterable[Label]) -> list[Label]:

@@ -85,6 +85,11 @@ def occurrences(haystack: Sequence[str], needle: Sequence[str]) -> Iterator[int]
             yield i
 
 
+def contains(haystack: Sequence[str], needle: Sequence[str]) -> bool:
+    """`needle` stands in `haystack` as a contiguous run."""
+    return next(occurrences(haystack, needle), None) is not None
+
+
 def akin(a: str, b: str) -> bool:
     """Two keys are forms of one word, as far as spelling tells: Greek and Greece, Catholic and
     Catholicism. Numbers are akin only when equal."""

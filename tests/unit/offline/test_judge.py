@@ -87,6 +87,8 @@ def test_an_alias_that_the_question_contains_is_no_evidence() -> None:
     case = Case("q", question, ("Capital of Kenya", "Nairobi"), "The capital of Kenya is Mombasa.")
     assert by_alias(case).verdict == "wrong"
     assert by_alias(case._replace(text="It is Nairobi.")).verdict == "right"
+    first = Case("q", "Jupiter is which planet's neighbour?", ("Jupiter", "Saturn"), "Jupiter's.")
+    assert usable_aliases(first.gold, first.question) == [("saturn",)]  # also as its first word
     assert by_alias(case._replace(gold=("Capital of Kenya",))) == Judgement("unjudged", NO_ALIAS)
 
 

@@ -109,6 +109,18 @@ def test_an_answer_without_a_claim_has_no_tokens_and_counts_as_a_whole(
     assert (label.span, label.tokens, label.others) == ((), (), ())
 
 
+def test_a_claim_at_which_the_answer_was_cut_off_is_none(
+    make_answer: MakeAnswer, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """ "It was in 19", cut off by the length: half a claim would be labelled as a whole one."""
+    whole = make_answer("The capital of Poland is Kra")
+    cut = msgspec.structs.replace(whole, finish_reason="length")
+    assert _label_one(whole, tokenizer).tokens
+    assert (_label_one(cut, tokenizer).verdict, _label_one(cut, tokenizer).tokens) == ("wrong", ())
+    later = msgspec.structs.replace(make_answer("It is Lodz, a ci"), finish_reason="length")
+    assert _label_one(later, tokenizer).tokens
+
+
 def test_every_token_of_an_ordinary_answer_is_a_negative(
     make_answer: MakeAnswer, tokenizer: PreTrainedTokenizerFast
 ) -> None:
