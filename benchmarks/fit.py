@@ -104,8 +104,8 @@ def run_path(data: Data, solver: Solver) -> tuple[float, list[dict[str, float]]]
 def compile_solver() -> float:
     """Seconds that skglm needs before its first fit in a process."""
     started = time.perf_counter()
-    x = np.asfortranarray(np.random.default_rng(0).standard_normal((50, 5)), np.float32)
-    list(l1_path(x, x[:, 0] > 0, (0.5,)))
+    x = np.asfortranarray(np.random.default_rng(0).standard_normal((200, 20)).astype(np.float32))
+    list(l1_path(x, x[:, :5].sum(axis=1) > 0, (0.2,)))
     return time.perf_counter() - started
 
 

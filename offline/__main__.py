@@ -75,6 +75,12 @@ WrongPerRight = Annotated[
 RightPerWrong = Annotated[float | None, typer.Option(min=0, help="the other way round (default 0)")]
 Position = Annotated[str, typer.Option(help="read or write: which pass a token is scored in")]
 Dtype = Annotated[str, typer.Option(help="of stored features: float16, bfloat16, float32")]
+ModelDtype = Annotated[
+    str, typer.Option(help="of the weights: auto (as saved), float32, bfloat16, float16")
+]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="auto spreads a model over several GPUs (default: one device)")
+]
 PartOfShards = Annotated[
     str, typer.Option("--part", help="I/N: be the Ith of N processes that share the folder")
 ]
@@ -85,6 +91,7 @@ Solver = Annotated[str, typer.Option(help="skglm, or liblinear for small models"
 MaxNeurons = Annotated[int, typer.Option(min=1, help="neuron budget")]
 Seed = Annotated[int, typer.Option(help="of sampling, split and fit")]
 Name = Annotated[str, typer.Option(help="name of the probe")]
+License = Annotated[str, typer.Option(help="of the probe, as the hub names licences")]
 
 
 @app.command()
@@ -103,6 +110,7 @@ def collect(
     max_tokens: MaxTokens = None,
     seed: Seed = 0,
     in_flight: InFlight = 32,
+    model_dtype: ModelDtype = "auto",
 ) -> None:
     """Ask the questions of a server and keep the answers with their token ids."""
     from offline import collect as verb
@@ -134,7 +142,8 @@ def collect(
     path = out / "answers.jsonl"
     asks = verb.missing(asked, path, header=header, samples=sampling.samples)
     if asks:
-        with nullcontext(base_url) if base_url else child_server(model, in_flight=in_flight) as url:
+        server = child_server(model, revision=revision, dtype=model_dtype, in_flight=in_flight)
+        with nullcontext(base_url) if base_url else server as url:
             asyncio.run(
                 verb.collect(
                     asks,
@@ -197,6 +206,8 @@ def extract(
     revision: Revision = None,
     position: Position = "read",
     dtype: Dtype = "float16",
+    model_dtype: ModelDtype = "auto",
+    device_map: DeviceMap = None,
     part: PartOfShards = "1/1",
 ) -> None:
     """Read every neuron at every token of the labelled answers."""
@@ -210,7 +221,13 @@ def extract(
         header, answers = read_records(out / "answers.jsonl", Answer)
         tokenizer.check(header, out / "answers.jsonl")
         _, labels = read_records(out / "labels.jsonl", Label)
-        loaded = load_model(model, revision=revision, tokenizer=tokenizer)
+        loaded = load_model(
+            model,
+            revision=revision,
+            tokenizer=tokenizer,
+            dtype=model_dtype,
+            device_map=device_map,
+        )
         verb.extract(
             loaded.model,
             verb.make_items(answers, labels, end_tokens=loaded.end_tokens),
@@ -271,6 +288,9 @@ def publish(
     out: Run,
     name: Name,
     revision: Revision = None,
+    model_dtype: ModelDtype = "auto",
+    device_map: DeviceMap = None,
+    license: License = "apache-2.0",
     to: Annotated[Path | None, typer.Option(help="new folder (default: OUT/probe)")] = None,
 ) -> None:
     """Write the folder that `python -m server MODEL --probe FOLDER` loads."""
@@ -291,8 +311,14 @@ def publish(
         result=result,
         evaluation=Evaluation.load(out / "evaluation.json"),
         data=data,
-        loaded=load_model(model, revision=revision, tokenizer=tokenizer),
-        training=verb.training_facts(out, result, data, command=_command()),
+        loaded=load_model(
+            model,
+            revision=revision,
+            tokenizer=tokenizer,
+            dtype=model_dtype,
+            device_map=device_map,
+        ),
+        training=verb.training_facts(out, result, data, command=_command(), license=license),
     )
 
 
@@ -321,6 +347,9 @@ def train(
     right_per_wrong: RightPerWrong = None,
     position: Position = "read",
     dtype: Dtype = "float16",
+    model_dtype: ModelDtype = "auto",
+    device_map: DeviceMap = None,
+    license: License = "apache-2.0",
     transfer: Transfer = None,
     solver: Solver = "skglm",
     max_neurons: MaxNeurons = 350,
@@ -330,16 +359,77 @@ def train(
     """Every verb in turn: from questions to a probe that a server loads."""
     collect(
         model, out, questions, base_url, revision, paper, samples, temperature, top_p, top_k,
-        max_tokens, seed, in_flight,
+        max_tokens, seed, in_flight, model_dtype,
     )  # fmt: skip
     label(
         model, out, revision, paper, judge, spans, judge_url, judge_model, agree,
         wrong_per_right, right_per_wrong, in_flight,
     )  # fmt: skip
-    extract(model, out, revision, position, dtype)
+    extract(model, out, revision, position, dtype, model_dtype, device_map)
     fit(out, transfer, solver, max_neurons, seed)
     evaluate(out)
-    publish(model, out, name, revision, to)
+    publish(model, out, name, revision, model_dtype, device_map, license, to)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="folder of a probe, as `publish` writes it")],
+    repository: Annotated[str, typer.Argument(help="org/name on the hub; made if it is not there")],
+    private: Annotated[bool, typer.Option(help="when it has to be made")] = False,
+) -> None:
+    """Upload a probe to the hub; prints what `python -m server MODEL --probe ..` loads."""
+    from offline import hub
+
+    print(hub.push(folder, repository, private=private))
+
+
+@app.command()
+def inspect(
+    model: Model,
+    text: Annotated[str, typer.Option(help="what the model reads")],
+    revision: Revision = None,
+    layer: Annotated[int | None, typer.Option(min=0, help="this layer alone")] = None,
+    top: Annotated[int, typer.Option(min=1, help="neurons that are named")] = 3,
+    plot: Annotated[Path | None, typer.Option(help="picture to write (.png, .svg, .pdf)")] = None,
+) -> None:
+    """Show per layer how large CETT is, which neurons lead, and how few carry half of it."""
+    from offline import inspect as verb
+    from offline.models import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(model, revision=revision)
+    loaded = load_model(model, revision=revision, tokenizer=tokenizer)
+    token_ids = tokenizer.tokenizer.encode(text)
+    layers = verb.inspect(loaded.model, token_ids, layer=layer)
+    print(verb.table(layers, top=top))
+    if plot is not None:
+        verb.plot(layers, plot, title=f"{loaded.identity.model_id}, {len(token_ids)} tokens")
+
+
+@app.command()
+def transfer(
+    probe: Annotated[str, typer.Argument(help="folder, or org/name@COMMIT on the hub")],
+    sibling: Annotated[str, typer.Argument(help="hub id or folder of a model of equal shape")],
+    run: Annotated[Path, typer.Option(help="folder of the run that the probe is from")],
+    revision: Revision = None,
+    model: Annotated[
+        str | None, typer.Option(help="the probe's own model: tells how far its neurons moved")
+    ] = None,
+    device_map: DeviceMap = None,
+) -> None:
+    """Read a sibling model with a probe: AUROC on both, and the drift of the probe's neurons."""
+    from offline import transfer as verb
+    from offline.hub import find_probe
+    from offline.models import load_model, load_tokenizer
+    from probes.probe import Probe
+
+    tokenizer = load_tokenizer(sibling, revision=revision)
+    other = load_model(sibling, revision=revision, tokenizer=tokenizer, device_map=device_map)
+    own = None
+    if model is not None:
+        own = load_model(model, revision=None, tokenizer=load_tokenizer(model, revision=None))
+    with locked(run):
+        found = verb.transfer(Probe.load(find_probe(probe)), other, run, own=own)
+    print(verb.table(found))
 
 
 def _command() -> str:

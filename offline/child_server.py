@@ -30,10 +30,18 @@ class ChildServerError(HNeuronsError):
 
 
 @contextmanager
-def child_server(model: str, *, in_flight: int, probes: Sequence[str] = ("none",)) -> Iterator[str]:
+def child_server(
+    model: str,
+    *,
+    in_flight: int,
+    revision: str | None = None,
+    dtype: str = "auto",
+    probes: Sequence[str] = ("none",),
+) -> Iterator[str]:
     """Serve `model` with `probes` on a free loopback port; yields the base URL."""
     port = _free_port()
-    command = [sys.executable, "-m", "server", model, "--port", str(port)]
+    command = [sys.executable, "-m", "server", model, "--port", str(port), "--dtype", dtype]
+    command += ["--revision", revision] if revision else []
     command += [word for probe in probes for word in ("--probe", probe)]
     command += ["--max-num-seqs", str(in_flight), "--drain-delay", "0", "--no-playground"]
     with tempfile.TemporaryFile("w+") as output:

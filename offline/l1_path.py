@@ -82,6 +82,8 @@ def l1_path(
         alpha = strength * largest
         model.alpha = alpha
         working = (gradient > alpha) | (weight != 0)
+        # Never one column alone: its layout is another type to the compiler (20 s).
+        working[np.argpartition(gradient, -2)[-2:]] = True
         while True:
             chosen = np.flatnonzero(working)
             part = np.asfortranarray(x[:, chosen])

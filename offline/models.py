@@ -34,7 +34,7 @@ class LoadedTokenizer(NamedTuple):
 
 
 class LoadedModel(NamedTuple):
-    """A model in its own dtype on the CPU or the first GPU."""
+    """A model on the CPU, the first GPU, or spread over devices."""
 
     model: PreTrainedModel
     identity: ModelIdentity
@@ -42,8 +42,8 @@ class LoadedModel(NamedTuple):
 
 
 def short_name(model: str) -> str:
-    """The last part of a hub id or folder: what people call the model; no path of a machine."""
-    return Path(model).name
+    """A hub id as it is, of a folder its name: what people call the model; no path of a machine."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def load_tokenizer(model: str, *, revision: str | None) -> LoadedTokenizer:
@@ -57,17 +57,35 @@ def load_tokenizer(model: str, *, revision: str | None) -> LoadedTokenizer:
     return LoadedTokenizer(tokenizer, tokenizer_sha256(tokenizer), chat_template_sha256(tokenizer))
 
 
-def load_model(model: str, *, revision: str | None, tokenizer: LoadedTokenizer) -> LoadedModel:
-    """ModelError when the model cannot be read."""
+def load_model(
+    model: str,
+    *,
+    revision: str | None,
+    tokenizer: LoadedTokenizer,
+    dtype: str = "auto",
+    device_map: str | None = None,
+) -> LoadedModel:
+    """ModelError when the model cannot be read.
+
+    dtype       of the weights, as the server's: auto is the checkpoint's own
+    device_map  transformers' word for how a model that no GPU holds alone is spread: auto, ...
+    """
     import torch
     from transformers import AutoModelForCausalLM, PreTrainedModel
 
-    loaded = AutoModelForCausalLM.from_pretrained(
-        model, revision=revision or "main", dtype="auto", use_safetensors=True
-    )
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model,
+            revision=revision or "main",
+            dtype=dtype,
+            device_map=device_map,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as exc:
+        raise ModelError(f"cannot load {model!r}: {exc}") from exc
     if not isinstance(loaded, PreTrainedModel):
         raise ModelError(f"{model} loads as {type(loaded).__name__}, not as a language model")
-    if torch.cuda.is_available():
+    if device_map is None and torch.cuda.is_available():
         loaded.to("cuda")  # type: ignore[arg-type]  # wrapped by a decorator that loses `self`
     ends: set[object] = {tokenizer.tokenizer.eos_token_id}
     for config in (loaded.generation_config, loaded.config):

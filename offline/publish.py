@@ -23,6 +23,7 @@ from offline.dataset import Dataset
 from offline.evaluate import Evaluation
 from offline.extract import Kind
 from offline.fit import FitResult, mixture, response_mixture
+from offline.hub import front_matter
 from offline.models import LoadedModel
 from offline.records import (
     Answer,
@@ -102,7 +103,7 @@ def publish(
     examples = [_ids(answer) for answer in _examples(data)]
     probe = with_known_answers(make_probe(card, result, ffns), loaded.model, ffns, examples)
     if not _is_there(folder, probe):
-        probe.save(folder, readme=readme(probe.card, probe.id))
+        probe.save(folder, readme=front_matter(probe.card) + readme(probe.card, probe.id))
     written = Probe.load(folder)
     match(written, loaded.identity)
     log.info("%s: %d neurons in %s", written.id, len(written.layer), folder)
@@ -122,7 +123,9 @@ def _is_there(folder: Path, probe: Probe) -> bool:
     return True
 
 
-def training_facts(run: Path, result: FitResult, data: Dataset, *, command: str) -> dict[str, str]:
+def training_facts(
+    run: Path, result: FitResult, data: Dataset, *, command: str, license: str
+) -> dict[str, str]:
     """What the probe was made from, in words: conditions that every figure of the card has."""
     header, _ = read_records(run / "answers.jsonl", Answer)
     labels, _ = read_records(run / "labels.jsonl", Label)
@@ -130,6 +133,8 @@ def training_facts(run: Path, result: FitResult, data: Dataset, *, command: str)
     facts = {
         "neurons": str(len(result.chosen.columns)),
         "command": command,
+        "license": license,
+        "sources": ", ".join(sorted({answer.source for answer in data.answers})),
         "answers": f"{sampling['samples']} per question, temperature {sampling['temperature']}, "
         f"top_p {sampling['top_p']}, top_k {sampling['top_k']}",
         "judge": f"{labels.settings['judge']}; {labels.settings['agree']} sample(s) agree; at most "

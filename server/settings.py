@@ -70,7 +70,8 @@ class Settings(BaseSettings):
 
     probe: Words = Field(
         (),
-        description="probe by shipped name or folder, repeatable, the first is the default; "
+        description="probe by shipped name, folder or `org/name@COMMIT`, repeatable, the first is "
+        "the default; "
         "`none` for no probe (default: the shipped one for `demo`, else none)",
     )
     risk_by_default: bool = Field(False, description="answer with risk unless a request says no")

@@ -20,6 +20,7 @@ from server.answer_record import Recorder
 from server.audit import AuditLog
 from server.auth import hash_keys, read_key_hashes
 from server.engines.base import Engine
+from server.hub import fetch_probe, is_pinned
 from server.metrics import Metrics
 from server.service import Service
 from server.settings import BadSettingsError, Secrets, Settings
@@ -162,13 +163,19 @@ def _recorders(settings: Settings, metrics: Metrics) -> Iterator[Recorder]:
 
 
 def _probe_path(word: str) -> Path:
-    """A word without a slash names a shipped probe, if there is one; else it is a path."""
+    """A word without a slash names a shipped probe, if there is one; else it is a path, or a hub id
+    with its commit."""
     shipped = SHIPPED_PROBES / word
     if "/" not in word and shipped.is_dir():
         return shipped
+    if is_pinned(word):
+        return fetch_probe(word)
     path = Path(word).expanduser()
     if not path.exists():
         known = sorted(p.name for p in SHIPPED_PROBES.glob("*/")) if SHIPPED_PROBES.is_dir() else []
         names = ", ".join(known) or "there are none"
-        raise BadSettingsError(f"probe: no folder {word!r} and no shipped probe of it ({names})")
+        raise BadSettingsError(
+            f"probe: no folder {word!r}, no shipped probe of it ({names}) and no hub id with its "
+            f"commit (org/name@40 hex digits)"
+        )
     return path

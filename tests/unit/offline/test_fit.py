@@ -43,31 +43,6 @@ PLANTED = (7, 40, 41, 100)
 SETTINGS = FitSettings(solver="liblinear", max_neurons=40)
 
 
-@pytest.fixture(scope="module")
-def planted() -> tuple[np.ndarray, np.ndarray]:
-    """`x [rows, columns]`, `positive [rows]`: the article's check, 20 planted neurons."""
-    random = np.random.default_rng(0)
-    x = np.asfortranarray(random.standard_normal((1500, 400)).astype(np.float32))
-    logit = 2.0 * x[:, :10].sum(1) - 2.0 * x[:, 10:20].sum(1)
-    return x, logit > 0
-
-
-@pytest.mark.parametrize("solver", ["liblinear", "skglm"])
-def test_planted_neurons_are_found_and_outweigh_every_other(
-    planted: tuple[np.ndarray, np.ndarray], solver: str
-) -> None:
-    x, positive = planted
-    path = list(
-        l1_path(x, positive, (0.5, 0.2), solver="skglm" if solver == "skglm" else "liblinear")
-    )
-    strength, weight, _ = path[-1]
-    assert strength == 0.2
-    assert set(np.argsort(-np.abs(weight))[:20]) == set(range(20))
-    assert np.abs(weight[20:]).max() < 0.2 * np.abs(weight[:20]).min()
-    assert (weight[:10] > 0).all()
-    assert (weight[10:20] < 0).all()
-
-
 def test_a_folded_probe_reads_raw_features_as_the_fit_reads_scaled_ones(
     data: Dataset,
 ) -> None:
