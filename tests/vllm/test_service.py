@@ -1,0 +1,292 @@
+"""The whole service over vLLM, as a user meets it: the demo model, the shipped probe, real HTTP.
+
+One server is compiled and serves the clients' tests. Faults need a server each; those are traced
+only, which starts in half the time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+QUESTION = [{"role": "user", "content": "Who wrote the novel Moby-Dick, and when was it printed?"}]
+VLLM_ARGS = "--kv-cache-memory-bytes 512M"
+PATIENCE = 60.0  # for what takes a second on an idle machine
+
+
+@dataclass
+class Server:
+    """The process, its address and the processes that vLLM has started for it."""
+
+    process: subprocess.Popen[str]
+    address: str
+    log: Path
+
+    @property
+    def children(self) -> list[Any]:
+        import psutil
+
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def named(self, part: str) -> Any:
+        """The one child whose title holds `part`."""
+        (found,) = [child for child in self.children if part in " ".join(child.cmdline())]
+        return found
+
+    def chat(self, **fields: Any) -> dict[str, Any]:
+        body = {"model": "demo", "messages": QUESTION, "temperature": 0, **fields}
+        answer = httpx.post(f"{self.address}/v1/chat/completions", json=body, timeout=PATIENCE)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def events(self, **fields: Any) -> list[Any]:
+        """Everything that a stream says, `[DONE]` included; what cuts it raises."""
+        body = {"model": "demo", "messages": QUESTION, "stream": True, **fields}
+        url = f"{self.address}/v1/chat/completions"
+        with httpx.stream("POST", url, json=body, timeout=PATIENCE) as answer:
+            lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+        return [line if line == "[DONE]" else json.loads(line) for line in lines if line[0] != ":"]
+
+    def ready(self) -> int:
+        return httpx.get(f"{self.address}/readyz", timeout=PATIENCE).status_code
+
+
+@contextmanager
+def serving(folder: Path, *flags: str, compiled: bool) -> Iterator[Server]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if not compiled:
+        environment["VLLM_CPU_CI_ENV"] = "1"
+    log = folder / "log"
+    command = [sys.executable, "-m", "server", "demo", "--engine", "vllm", "--port", "0"]
+    command += ["--vllm-args", VLLM_ARGS, "--drain-delay", "0", *flags]
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment
+        )
+    watchdog = threading.Timer(600, process.kill)
+    watchdog.start()
+    try:
+        line = process.stdout.readline()
+        found = re.search(r"curl (http://[\d.:]+)/", line)
+        assert found, f"not ready: {line}{log.read_text()[-4000:]}"
+        yield Server(process, found[1], log)
+    finally:
+        watchdog.cancel()
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, demo_model_path) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("service")
+    with serving(folder, "--drain-timeout", "1", compiled=True) as running:
+        yield running
+
+
+def text_and_tokens(events: list[Any]) -> tuple[str, list[Any], dict[str, Any]]:
+    assert events[-1] == "[DONE]"
+    text, tokens, summary = "", [], {}
+    for chunk in events[:-1]:
+        for choice in chunk["choices"]:
+            text += choice["delta"].get("content", "")
+            risk = choice.get("risk") or {}
+            tokens += risk.get("tokens", [])
+            summary = risk if "status" in risk else summary
+    return text, tokens, summary
+
+
+def test_an_answer_comes_with_its_risk_streamed_or_not(server):
+    """I1, I2: the shipped probe reads vLLM's neurons; both ways give the same numbers."""
+    answer = server.chat(risk=True, max_tokens=24)
+    choice, usage = answer["choices"][0], answer["usage"]
+    risk = choice["risk"]
+    assert risk["status"] == "scored"
+    assert len(risk["tokens"]) == usage["completion_tokens"] == 24
+    assert all(0 <= token["risk"] <= 1 for token in risk["tokens"])
+    text, tokens, summary = text_and_tokens(server.events(risk=True, max_tokens=24, temperature=0))
+    assert text == choice["message"]["content"]
+    assert tokens == risk["tokens"]
+    assert summary["score"] == risk["score"]
+    without = server.chat(risk=False, max_tokens=24)
+    assert without["choices"][0]["message"]["content"] == text, "I6"
+
+
+def test_a_given_text_is_scored_like_a_written_one(server):
+    """POST /v1/risk reads in one pass what decoding has read token by token (bf16: 0.03)."""
+    answer = server.chat(risk=True, max_tokens=16)
+    choice = answer["choices"][0]
+    body = {"model": "demo", "messages": QUESTION, "answer": choice["message"]["content"]}
+    scored = httpx.post(f"{server.address}/v1/risk", json=body, timeout=PATIENCE)
+    assert scored.status_code == 200, scored.text
+    again = scored.json()["risk"]["tokens"][:16]
+    for one, other in zip(choice["risk"]["tokens"], again, strict=True):
+        assert one["token_id"] == other["token_id"]
+        assert one["risk"] == pytest.approx(other["risk"], abs=0.05)
+
+
+def test_the_openai_client_gets_choices_stops_and_log_probabilities(server):
+    """n, stop, seed, alpha and logprobs through the client that everybody has."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0)
+    ask = client.chat.completions.create
+    two = ask(
+        model="demo", messages=QUESTION, n=2, seed=5, max_tokens=12, extra_body={"risk": True}
+    )
+    assert [choice.index for choice in two.choices] == [0, 1]
+    assert two.choices[0].message.content != two.choices[1].message.content
+    again = ask(model="demo", messages=QUESTION, n=2, seed=5, max_tokens=12)
+    assert again.choices[1].message.content == two.choices[1].message.content
+    whole = ask(model="demo", messages=QUESTION, temperature=0, max_tokens=30)
+    word = whole.choices[0].message.content.split()[4]
+    cut = ask(model="demo", messages=QUESTION, temperature=0, max_tokens=30, stop=word)
+    assert cut.choices[0].finish_reason == "stop"
+    assert whole.choices[0].message.content.startswith(cut.choices[0].message.content)
+    assert word not in cut.choices[0].message.content
+    told = ask(
+        model="demo", messages=QUESTION, temperature=0, max_tokens=6, logprobs=True, top_logprobs=2
+    )
+    for entry in told.choices[0].logprobs.content:
+        assert entry.logprob == max(top.logprob for top in entry.top_logprobs)
+    dosed = ask(
+        model="demo",
+        messages=QUESTION,
+        temperature=0,
+        max_tokens=12,
+        extra_body={"risk": {"alpha": 0}},
+    )
+    assert dosed.choices[0].risk["calibrated"] is False
+
+
+def test_many_at_once_are_each_as_alone(server):
+    """Misattributed rows show as another request's risk (bf16 in other batches: 0.05)."""
+    prompts = [f"Name the capital of {name}." for name in ("France", "Peru", "Japan", "Kenya")] * 4
+    fields = {"risk": True, "max_tokens": 12}
+
+    def ask(prompt: str) -> list[Any]:
+        answer = server.chat(messages=[{"role": "user", "content": prompt}], **fields)
+        return answer["choices"][0]["risk"]["tokens"]
+
+    alone = {prompt: ask(prompt) for prompt in set(prompts)}
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(ask, prompts))
+    for prompt, tokens in zip(prompts, together, strict=True):
+        same = [one for one in zip(alone[prompt], tokens, strict=False)]
+        for one, other in same:
+            if one["token_id"] != other["token_id"]:
+                break  # two nearly equal logits: from here on the texts differ
+            assert one["risk"] == pytest.approx(other["risk"], abs=0.05)
+
+
+def test_a_client_that_leaves_frees_its_place(server):
+    """I5 over a real socket."""
+    body = {"model": "demo", "messages": QUESTION, "stream": True, "max_tokens": 1500}
+    body["ignore_eos"] = True
+    with httpx.stream("POST", f"{server.address}/v1/chat/completions", json=body) as answer:
+        next(answer.iter_lines())
+    gone = re.compile(r"^hneurons_requests_running{.*} 0", re.MULTILINE)
+    wait_until(lambda: gone.search(httpx.get(f"{server.address}/metrics").text) is not None)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> float:
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < seconds, "it did not happen in time"
+        time.sleep(0.02)
+    return time.monotonic() - started
+
+
+def under_load(server: Server, count: int = 4) -> list[threading.Thread]:
+    """Streams that would go on for long; each thread keeps what it was told."""
+
+    def read(thread: Any) -> None:
+        try:
+            thread.told = server.events(max_tokens=1500, ignore_eos=True, risk=True)
+        except httpx.HTTPError as error:
+            thread.told = [error]
+        thread.ended = time.monotonic()
+
+    threads: list[Any] = []
+    for _ in range(count):
+        thread = threading.Thread(target=lambda: read(threading.current_thread()))
+        thread.start()
+        threads.append(thread)
+    time.sleep(3)
+    assert all(thread.is_alive() for thread in threads)
+    return threads
+
+
+def nobody_stays(children: list[Any]) -> None:
+    import psutil
+
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+
+
+def test_sigterm_under_load_tells_every_client_and_leaves_nobody(server):
+    """Last of those that share a server: the drain ends, the rest is told, the exit code is 0."""
+    children = server.children
+    streams = under_load(server)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(PATIENCE) == 0
+    for stream in streams:
+        stream.join(PATIENCE)
+        assert stream.told[-1] == "[DONE]"
+        assert stream.told[-2]["error"]["code"] == "shutdown"
+    nobody_stays(children)
+
+
+@pytest.mark.parametrize(
+    ("victim", "number"),
+    [("EngineCore", signal.SIGKILL), ("Worker", signal.SIGKILL), ("Worker", signal.SIGSTOP)],
+)
+def test_a_dead_or_stopped_engine_ends_streams_readiness_and_the_process(
+    tmp_path, demo_model_path, victim, number
+):
+    """Clients that wait for ever, a server that calls itself ready, children that stay."""
+    with serving(tmp_path, compiled=False) as server:
+        children = server.children
+        streams = under_load(server)
+        struck = time.monotonic()
+        server.named(victim).send_signal(number)
+        assert server.process.wait(PATIENCE) == 4
+        for stream in streams:
+            stream.join(PATIENCE)
+            assert stream.told[-1] == "[DONE]"
+            assert stream.told[-2]["error"]["code"] == "engine_dead"
+            assert stream.ended - struck < 5
+        nobody_stays(children)
+
+
+def test_an_engine_does_not_outlive_a_killed_server(tmp_path, demo_model_path):
+    """A forgotten engine holds the memory that the next start needs."""
+    with serving(tmp_path, compiled=False) as server:
+        children = server.children
+        streams = under_load(server)
+        server.process.kill()
+        assert server.process.wait(PATIENCE) == -signal.SIGKILL
+        for stream in streams:
+            stream.join(PATIENCE)
+        nobody_stays(children)
