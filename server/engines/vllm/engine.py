@@ -59,12 +59,13 @@ class VllmEngine:
         max_waiting_tokens: int,
     ) -> None:
         """`plan` is what the workers read; None exactly when there is no probe."""
-        self._llm, self._tokenizer, self._card, self._plan = llm, tokenizer, card, plan
+        self._llm: AsyncLLM | None = llm  # None once it is closed
+        self._tokenizer, self._card, self._plan = tokenizer, card, plan
         self._max_num_seqs: int = llm.vllm_config.scheduler_config.max_num_seqs
         self._max_waiting_requests = max_waiting_requests
         self._max_waiting_tokens = max_waiting_tokens
         self._tap = Tap(llm)
-        self._processes = EngineProcesses(llm)
+        self._processes = EngineProcesses()
         self._numbers = itertools.count()
         self._dead = ""
         self.cached_tokens_total = 0  # prompt tokens whose keys and values were there already
@@ -147,7 +148,11 @@ class VllmEngine:
     async def aclose(self) -> None:
         """See `Engine.aclose`."""
         self._die("the engine is closed")
-        await asyncio.to_thread(self._processes.end)
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            if llm.output_handler is not None:
+                llm.output_handler.cancel()  # or it reports the end as an accident
+            await asyncio.to_thread(self._processes.end, llm)
 
     def _look_at_processes(self) -> None:
         """A process that is gone or stopped is seen here before vLLM sees it, if ever."""
@@ -158,7 +163,8 @@ class VllmEngine:
         """End every open request with `reason`."""
         if not self._dead:
             self._dead = reason
-            self._llm.output_processor.propagate_error(VllmDeadError())
+            if self._llm is not None:
+                self._llm.output_processor.propagate_error(VllmDeadError())
 
     async def _outputs(
         self,
@@ -169,6 +175,7 @@ class VllmEngine:
     ) -> AsyncGenerator[CompletionOutput, None]:
         """vLLM's outputs of one request, its errors as ours; closing it aborts the request."""
         self._refuse_overload(len(token_ids))
+        assert self._llm is not None
         if not self._tap.readers:
             self._tap.last_step = time.monotonic()
         name = f"hn{next(self._numbers)}"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 
-from probes.cett import column_norms, h_norm
+from probes.cett import cett, column_norms, h_norm
 from probes.errors import ModelError
 from probes.neurons import down_projections
 from server.engines.vllm.plan import Layout, MeterPlan
@@ -33,13 +33,11 @@ ONE_HOT_ROWS = 256  # columns of a projection that are looked at in one product
 class GraphBuffers:
     """Where all layers read and write, of fixed address and size.
 
-    z     `[layers, tokens, K]`, the model's dtype: the probed columns, before suppression
-    norm  `[layers, tokens]` float32: of each layer's output; NaN once it was taken
+    cett  `[layers, tokens, K]` float32: what each layer read; NaN once it was taken
     dose  `[tokens, probes]` float32: alpha - 1 in the column of the row's probe, else 0
     """
 
-    z: Tensor
-    norm: Tensor
+    cett: Tensor
     dose: Tensor
 
 
@@ -47,15 +45,15 @@ class _Reading(_Layer):
     """Mixin in front of a linear layer's class."""
 
     hn_columns: Tensor
-    hn_z: Tensor
-    hn_norm: Tensor
+    hn_norms: Tensor
+    hn_cett: Tensor
 
     def _read(self, z: Tensor, output: Any) -> Any:
-        """Leave z and the norm of h where the meter finds them; gives the layer's output on."""
+        """Leave the CETT of this pass in `hn_cett`; gives the layer's output on."""
         h, bias = output if isinstance(output, tuple) else (output, None)
-        tokens = z.shape[-2]
-        self.hn_z[:tokens] = z.reshape(tokens, -1)
-        self.hn_norm[:tokens] = h_norm(h if bias is None else h + bias).reshape(tokens)
+        norm = h_norm(h if bias is None else h + bias)
+        values = cett(z, self.hn_norms, norm.unsqueeze(-1))
+        self.hn_cett[: z.shape[-2]] = values.reshape(-1, values.shape[-1])
         return output
 
 
@@ -83,11 +81,9 @@ def install(model: nn.Module, plan: MeterPlan, layout: Layout, *, max_tokens: in
     """Put the meter into every probed layer of a loaded model; ModelError when it does not fit."""
     found = find_layers(model, plan)
     device = next(model.parameters()).device
-    size = (len(plan.layers), max_tokens)
-    dtype = found[plan.layers[0]].params_dtype
+    size = (len(plan.layers), max_tokens, layout.columns.shape[1])
     buffers = GraphBuffers(
-        z=torch.zeros(*size, layout.columns.shape[1], dtype=dtype, device=device),
-        norm=torch.full(size, torch.nan, device=device),
+        cett=torch.full(size, torch.nan, device=device),
         dose=torch.zeros(max_tokens, len(plan.probes), device=device),
     )
     for index, number in enumerate(plan.layers):
@@ -95,8 +91,8 @@ def install(model: nn.Module, plan: MeterPlan, layout: Layout, *, max_tokens: in
         _refuse_other_columns(layer, number, layout.columns[index], layout.norms[index])
         tensors = {
             "hn_columns": layout.columns[index].to(device),
-            "hn_z": buffers.z[index],
-            "hn_norm": buffers.norm[index],
+            "hn_norms": layout.norms[index].to(device),
+            "hn_cett": buffers.cett[index],
         }
         if plan.suppression:
             tensors |= {"hn_masks": layout.masks[index].to(device), "hn_dose": buffers.dose}
@@ -107,7 +103,7 @@ def install(model: nn.Module, plan: MeterPlan, layout: Layout, *, max_tokens: in
     return buffers
 
 
-def find_layers(model: nn.Module, plan: MeterPlan) -> dict[int, Any]:
+def find_layers(model: nn.Module, plan: MeterPlan) -> dict[int, nn.Module]:
     """The down projection of every probed layer in vLLM's own model tree."""
     found: dict[int, list[tuple[str, nn.Module]]] = {}
     for place in down_projections(model):

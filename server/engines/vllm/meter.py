@@ -19,7 +19,6 @@ from vllm.distributed import (
     tensor_model_parallel_all_gather,
 )
 
-from probes.cett import cett
 from server.engines.vllm.layers import install
 from server.engines.vllm.plan import EXTRA_ARGS_KEY, Layout, MeterPlan, Order
 
@@ -82,8 +81,11 @@ class Pending:
 class _Step(NamedTuple):
     """One pass: its requests in the runner's order, and the rows of each that are taken."""
 
+    request_ids: list[str]
+    counts: list[int]  # rows of each request
     orders: list[Order | None]
     spans: list[tuple[int, int]]  # half-open
+    rows: Tensor  # all of them, in one
 
 
 class WorkerMeter:
@@ -94,11 +96,12 @@ class WorkerMeter:
         layout = Layout.of(plan, rank=get_tensor_model_parallel_rank(), ranks=self._ranks)
         self._plan = plan
         self._buffers = install(model, plan, layout, max_tokens=max_tokens)
-        device = self._buffers.norm.device
-        self._flat, self._column_norm = layout.flat.to(device), layout.norms.to(device)
+        device = self._buffers.cett.device
+        self._flat = layout.flat.to(device)
         self._weight, self._bias = plan.weight.to(device), plan.bias.to(device)
         self._orders: dict[str, Order] = {}
-        self._step: _Step | None = None
+        self._layout = self._lay_out([], [])  # of the pass that runs, or ran last
+        self._is_running = False
         self._is_dosed = False
 
     def learn(self, scheduled: SchedulerOutput) -> None:
@@ -112,15 +115,25 @@ class WorkerMeter:
 
     def begin(self, request_ids: Sequence[str], num_tokens: Mapping[str, int]) -> None:
         """Before a pass over so many tokens of each request, in this order of rows."""
-        counts = [int(num_tokens[request_id]) for request_id in request_ids]
-        ends = np.cumsum(counts).tolist()
+        ids, counts = list(request_ids), [num_tokens[request_id] for request_id in request_ids]
+        if (self._layout.request_ids, self._layout.counts) != (ids, counts):
+            self._layout = self._lay_out(ids, counts)
+        self._is_running = True
+        self._fill_in_doses(self._layout.orders, counts)
+
+    def _lay_out(self, request_ids: list[str], counts: list[int]) -> _Step:
         orders = [self._orders.get(request_id) for request_id in request_ids]
         spans = []
-        for order, count, end in zip(orders, counts, ends, strict=True):
+        end = 0
+        for order, count in zip(orders, counts, strict=True):
+            end += count
             taken = 0 if order is None else count if order.whole_prompt else 1
             spans.append((end - taken, end))
-        self._step = _Step(orders, spans)
-        self._fill_in_doses(orders, counts)
+        rows = [row for first, last in spans for row in range(first, last)]
+        device = self._buffers.cett.device
+        return _Step(
+            request_ids, counts, orders, spans, torch.tensor(rows, dtype=torch.int64).to(device)
+        )
 
     def _fill_in_doses(self, orders: Sequence[Order | None], counts: Sequence[int]) -> None:
         dosed = any(order is not None and order.alpha != 1 for order in orders)
@@ -142,12 +155,10 @@ class WorkerMeter:
 
     def read(self, positions: Tensor) -> Pending | None:
         """After the pass; `positions` of all its rows. None when there was none."""
-        step, self._step = self._step, None
-        if step is None:
+        if not self._is_running:
             return None
-        taken = [row for first, last in step.spans for row in range(first, last)]
-        device = self._buffers.norm.device
-        rows = torch.tensor(taken, dtype=torch.int64, device=device)
+        self._is_running = False
+        step, rows = self._layout, self._layout.rows
         values = self._cett_of(rows)
         logits = values @ self._weight + self._bias
         numbers = torch.cat([positions[rows].float().unsqueeze(-1), logits], dim=-1)
@@ -157,12 +168,12 @@ class WorkerMeter:
     def _cett_of(self, rows: Tensor) -> Tensor:
         """`[rows, neurons]` in the plan's order, complete on every rank.
 
-        What was taken becomes NaN: a layer that does not run in the next pass is seen as such.
+        What was read becomes NaN: a layer that did not run in the next pass is seen as such.
         """
-        buffers = self._buffers
-        z, norm = buffers.z[:, rows], buffers.norm[:, rows].unsqueeze(-1)
-        buffers.norm.index_fill_(1, rows, torch.nan)
-        values = cett(z, self._column_norm.unsqueeze(1), norm).transpose(0, 1)  # [rows, layers, K]
+        cett = self._buffers.cett
+        values = cett[:, rows]
+        cett.index_fill_(1, rows, torch.nan)
+        values = values.transpose(0, 1)  # [rows, layers, K]
         if self._ranks > 1:
             values = tensor_model_parallel_all_gather(values.unsqueeze(1).contiguous(), dim=1)
         chosen: Tensor = values.flatten(1)[:, self._flat]

@@ -15,8 +15,7 @@ SECONDS_TO_END = 1.0  # for their own farewell; then they are killed
 class EngineProcesses:
     """The engine's process and its workers, as they were when the engine was ready."""
 
-    def __init__(self, llm: AsyncLLM) -> None:
-        self._llm = llm
+    def __init__(self) -> None:
         self._processes = psutil.Process().children(recursive=True)
 
     def trouble(self) -> str:
@@ -32,9 +31,9 @@ class EngineProcesses:
                 return f"vLLM's process {process.pid} was stopped"
         return ""
 
-    def end(self) -> None:
+    def end(self, llm: AsyncLLM) -> None:
         """Blocks until none is left."""
-        self._llm.shutdown(timeout=SECONDS_TO_END)
+        llm.shutdown(timeout=SECONDS_TO_END)
         for process in self._processes:
             if process.is_running():
                 process.kill()

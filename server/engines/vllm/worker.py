@@ -39,6 +39,7 @@ class MeteredWorker(_Worker):
     """vLLM's worker; its model is metered as soon as it is loaded, before it is compiled."""
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        _leave_interrupts_to_the_server()
         super().load_model(load_dummy_weights=load_dummy_weights)
         plan = self.vllm_config.additional_config
         if not isinstance(plan, MeterPlan):
@@ -175,6 +176,7 @@ class _MeteredAsyncScheduler(_HandsOn, AsyncScheduler):
 
 def make_scheduler(**arguments: Any) -> Scheduler:
     """What vLLM calls in the engine's process for a scheduler."""
+    _leave_interrupts_to_the_server()
     _end_with_parent()
     asynchronous = arguments["vllm_config"].scheduler_config.async_scheduling
     return (_MeteredAsyncScheduler if asynchronous else _MeteredScheduler)(**arguments)
@@ -183,10 +185,8 @@ def make_scheduler(**arguments: Any) -> Scheduler:
 def _end_with_parent() -> None:
     """The engine's process leaves when the server does, even when that was killed.
 
-    Workers watch the engine's process themselves. Ctrl-C in a terminal reaches every process of it:
-    the server alone decides what that means.
+    Workers watch the engine's process themselves.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
 
     def watch() -> None:
@@ -195,3 +195,8 @@ def _end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def _leave_interrupts_to_the_server() -> None:
+    """Ctrl-C reaches every process of a terminal: the server alone decides what that means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Everything about the vLLM engine that needs a GPU, in one go: values first, then prices.
+#
+#     benchmarks/gpu.sh > benchmarks/results/gpu-$(date +%F).txt
+#
+# Not run yet: no machine with a GPU could be had. Until its output is committed, no figure about a
+# GPU stands anywhere in this repository.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv || { echo "not run: no GPU"; exit 1; }
+make vllm
+python=.venv-vllm/bin/python
+"$python" -c 'import torch, transformers, vllm; print(vllm.__version__, torch.__version__, transformers.__version__)'
+
+echo "== values: every family, mixed and squeezed, under CUDA graphs"
+"$python" -m pytest -q tests/vllm
+
+echo "== kernels per layer and time outside the graph"
+"$python" -m benchmarks.vllm_meter
+
+echo "== the whole service beside stock vllm serve, order turned every round"
+"$python" benchmarks/serving.py --rounds 5 --concurrency 1 8 64 256 --engine-args "--max-model-len 2048"
