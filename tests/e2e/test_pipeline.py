@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from offline import metrics
@@ -19,8 +21,10 @@ from offline.fit import FitResult
 from offline.label import used
 from offline.models import load_model, load_tokenizer
 from offline.records import Answer, Label, read_records
+from offline.transfer import Transfer
 from probes import known_answer
 from probes.calibration import calibrate
+from probes.errors import ProbeMismatchError
 from probes.fingerprint import match
 from probes.neurons import find_ffns
 from probes.probe import Probe
@@ -124,6 +128,46 @@ def test_the_card_says_what_was_measured_and_what_not(run: Path) -> None:
     readme = (run / "probe" / "README.md").read_text()
     assert all(sentence in readme for sentence in card.not_good_for)
     assert str(run.parent) not in readme + (run / "probe" / "probe.json").read_text()
+
+
+def test_a_sibling_is_read_and_still_not_served(
+    run: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The figures of a twin are the model's own and nothing has moved; a perturbed copy is told
+    apart by name, and by whoever would serve it."""
+    found = {}
+    for name, noise in (("twin", 0.0), ("tuned", 0.3)):
+        model = LlamaForCausalLM.from_pretrained(tiny_model)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for layer in model.model.layers:
+                for weight in layer.mlp.parameters():
+                    weight += noise * weight.std() * torch.randn_like(weight)
+        model.save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / name)
+        arguments = ["transfer", str(run / "probe"), str(tmp_path / name), "--run", str(run)]
+        result = CliRunner().invoke(app, [*arguments, "--model", str(tiny_model)])
+        assert result.exit_code == 0, (result.output, result.exception)
+        assert "AUROC" in result.output
+        content = (run / "transfer" / name / "transfer.json").read_bytes()
+        found[name] = msgspec.json.decode(content, type=Transfer)
+    for row in found["twin"].rows[:2]:
+        (other,) = (r for r in found["twin"].rows[2:] if r.dataset == row.dataset)
+        assert (row.detector, other.detector) == ("own model", "sibling")
+        assert other.value == pytest.approx(row.value, abs=0.01)
+    assert found["twin"].differs == ()
+    assert found["twin"].drift is not None
+    assert found["twin"].drift.mean == pytest.approx(0, abs=1e-6)
+    assert found["tuned"].differs == ("weights_fingerprint",)
+    assert found["tuned"].drift is not None
+    assert found["tuned"].drift.mean > 0.01
+    tuned = load_model(
+        str(tmp_path / "tuned"),
+        revision=None,
+        tokenizer=load_tokenizer(str(tmp_path / "tuned"), revision=None),
+    )
+    with pytest.raises(ProbeMismatchError, match="weights_fingerprint"):
+        match(Probe.load(run / "probe"), tuned.identity)
 
 
 def test_collecting_again_asks_nothing_and_changes_nothing(

@@ -173,3 +173,11 @@ def _model(block: nn.Module) -> nn.Module:
     model.layers = nn.ModuleList([block])
     model.config = SimpleNamespace(num_hidden_layers=1, hidden_size=4, vocab_size=9)
     return model
+
+
+def test_norms_live_where_their_layer_lives(make_model):
+    """Trap 13: the reference moves all norms to the model's first device, and a model that is
+    spread over several breaks. The meta device stands for a second one."""
+    ffns = find_ffns(make_model("llama"))
+    ffns[1].module.to("meta")
+    assert [ffn.column_norms().device.type for ffn in ffns] == ["cpu", "meta", "cpu"]

@@ -1,0 +1,61 @@
+"""Loading: dtype and device map are the caller's, names carry no path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from offline.models import load_model, load_tokenizer, short_name
+from probes.errors import ModelError
+from probes.neurons import find_ffns
+
+
+@pytest.fixture
+def folder(
+    tmp_path: Path, tiny_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    tiny_model.save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+@pytest.mark.parametrize(("dtype", "found"), [("auto", "bfloat16"), ("float32", "float32")])
+def test_a_probe_is_bound_to_the_dtype_that_was_asked_for(
+    folder: Path, dtype: str, found: str
+) -> None:
+    """A server with --dtype float32 reads other logits: it needs a probe that was fitted so."""
+    loaded = load_model(
+        str(folder),
+        revision=None,
+        tokenizer=load_tokenizer(str(folder), revision=None),
+        dtype=dtype,
+    )
+    assert loaded.identity.dtype == found
+    assert loaded.model.dtype == getattr(torch, found)
+
+
+def test_a_model_that_is_spread_is_the_same_model(folder: Path) -> None:
+    """The library places the layers (here: all on the CPU) and wraps them; they are still found."""
+    tokenizer = load_tokenizer(str(folder), revision=None)
+    plain, spread = (
+        load_model(str(folder), revision=None, tokenizer=tokenizer, device_map=device_map)
+        for device_map in (None, "auto")
+    )
+    assert spread.identity == plain.identity
+    assert len(find_ffns(spread.model)) == 3
+
+
+def test_a_folder_without_weights_is_one_sentence(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    tokenizer = load_tokenizer(str(folder), revision=None)
+    with pytest.raises(ModelError, match="cannot load"):
+        load_model(str(folder), revision=None, tokenizer=tokenizer)
+
+
+def test_a_hub_id_keeps_its_owner_and_a_folder_loses_its_path(folder: Path) -> None:
+    """The hub files a probe under its model by this name; a path tells where somebody works."""
+    assert short_name("org/name") == "org/name"
+    assert short_name(str(folder)) == "tiny"
