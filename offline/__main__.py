@@ -324,6 +324,49 @@ def publish(
 
 @app.command()
 @holds_run
+def sweep(
+    model: Model,
+    out: Run,
+    probe: Annotated[Path, typer.Option(help="folder of the probe whose neurons are scaled")],
+    base_url: BaseURL = None,
+    revision: Revision = None,
+    behaviour: Annotated[
+        list[Path] | None,
+        typer.Option(help="JSON Lines file of a behaviour set, repeatable (default: our own)"),
+    ] = None,
+    alpha: Annotated[list[float] | None, typer.Option(help="repeatable; 1 is added")] = None,
+    controls: Annotated[int, typer.Option(min=0, help="sets of random neurons")] = 3,
+    items: Annotated[int, typer.Option(min=0, help="per behaviour set; 0: all")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 48,
+    seed: Seed = 0,
+    in_flight: InFlight = 32,
+) -> None:
+    """What alpha does to behaviour, beside random neurons, and what it costs."""
+    from offline import sweep as verb
+    from offline.sweep_answers import NO_CHANGE, SweepSettings
+
+    settings = SweepSettings(
+        alphas=tuple(sorted({NO_CHANGE, *alpha})) if alpha else SweepSettings.alphas,
+        controls=controls,
+        items=items,
+        max_tokens=max_tokens,
+        seed=seed,
+    )
+    verb.sweep(
+        model,
+        probe,
+        out,
+        behaviour=behaviour or [],
+        settings=settings,
+        base_url=base_url,
+        revision=revision,
+        in_flight=in_flight,
+        api_key=os.environ.get("OPENAI_API_KEY"),
+    )
+
+
+@app.command()
+@holds_run
 def train(
     model: Model,
     out: Run,

@@ -32,6 +32,7 @@ class Choice(msgspec.Struct, frozen=True):
     message: dict[str, object]
     finish_reason: str
     token_ids: tuple[int, ...] = ()
+    risk: dict[str, object] | None = None  # of our server, when it was asked for
 
 
 class Completion(msgspec.Struct, frozen=True):

@@ -38,7 +38,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class Header(Record, frozen=True, kw_only=True):
     """First line of every file: what made it. A verb refuses input made with another model."""
 
-    kind: Literal["answers", "labels", "replies"]
+    kind: Literal["answers", "labels", "replies", "sweep"]
     model_id: str  # for people, not compared: a folder and a hub id may hold the same model
     tokenizer_sha256: str
     chat_template_sha256: str
@@ -116,8 +116,17 @@ class Reply(Record, frozen=True, kw_only=True):
     text: str
 
 
+class SweepAnswer(Record, frozen=True, kw_only=True):
+    """What the model said to one item of a behaviour set under one alpha on one set of neurons."""
+
+    id: str  # "<behaviour set>/<item>/<neurons>/<alpha>"
+    text: str
+    tokens: int  # end token included
+    finish_reason: str
+
+
 T = TypeVar("T", bound=Record)
-Keyed = TypeVar("Keyed", Answer, Label, Reply)
+Keyed = TypeVar("Keyed", Answer, Label, Reply, SweepAnswer)
 
 
 def versions() -> dict[str, str]:

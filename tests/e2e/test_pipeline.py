@@ -5,6 +5,7 @@ Only the model (conftest.py) is made for the test; everything else is the produc
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import msgspec
@@ -21,6 +22,7 @@ from offline.fit import FitResult
 from offline.label import used
 from offline.models import load_model, load_tokenizer
 from offline.records import Answer, Label, read_records
+from offline.sweep_figures import SweepFigures
 from offline.transfer import Transfer
 from probes import known_answer
 from probes.calibration import calibrate
@@ -181,3 +183,33 @@ def test_collecting_again_asks_nothing_and_changes_nothing(
     )
     assert result.exit_code == 0, result.output
     assert (run / "answers.jsonl").read_bytes() == before
+
+
+def test_a_sweep_is_served_with_its_controls_and_goes_on_where_it_was(
+    run: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Suppression and its control go the same way: artifacts, one server, `risk.alpha`."""
+    item = {"rule": "request", "messages": [{"role": "user", "content": "Tell me about e1"}]}
+    tempts = tmp_path / "tempts.jsonl"
+    tempts.write_text("".join(json.dumps({"id": f"i{n}", **item}) + "\n" for n in range(3)))
+    arguments = ["sweep", str(tiny_model), "--probe", str(run / "probe"), "--out", str(tmp_path)]
+    arguments += ["--behaviour", str(tempts), "--controls", "1", "--max-tokens", "8"]
+    result = CliRunner().invoke(app, [*arguments, "--alpha", "0", "--alpha", "3"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    probe, control = Probe.load(run / "probe"), Probe.load(tmp_path / "sweep" / "random-1")
+    assert bool(control.suppress.all())
+    assert len(control.layer) == int(probe.suppress.sum())
+    figures = SweepFigures.load(tmp_path / "sweep.json")
+    assert (figures.probe, figures.controls) == (probe.id, ("random-1",))
+    at = {(p.measure, p.neurons, p.alpha): p.value for p in figures.points}
+    assert at["changed", "probe", 1.0] == 0
+    assert at["perplexity", "probe", 1.0] == at["perplexity", "random-1", 1.0]
+    assert at["perplexity", "probe", 3.0] != at["perplexity", "random-1", 3.0]
+
+    answers = tmp_path / "sweep" / "answers.jsonl"
+    whole, figures_before = answers.read_bytes(), (tmp_path / "sweep.json").read_bytes()
+    answers.write_bytes(whole[: len(whole) // 2])  # killed while it wrote a line
+    result = CliRunner().invoke(app, [*arguments, "--alpha", "0", "--alpha", "3"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert answers.read_bytes() == whole
+    assert (tmp_path / "sweep.json").read_bytes() == figures_before

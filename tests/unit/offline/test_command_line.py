@@ -43,7 +43,7 @@ def test_train_has_every_option_of_every_verb_with_the_same_default(
         assert whole[name].default == parameter.default
 
 
-@pytest.mark.parametrize("verb", [verb.__name__ for verb in (*VERBS, command.train)])
+@pytest.mark.parametrize("verb", [verb.__name__ for verb in (*VERBS, command.sweep, command.train)])
 def test_every_verb_explains_itself(verb: str) -> None:
     result = CliRunner().invoke(command.app, [verb, "--help"])
     assert result.exit_code == 0
