@@ -1,7 +1,7 @@
 """How readily a model complies: items that tempt it, and rules that read off what it did.
 
 A verdict comes from words alone, whole and without case, so it costs nothing and can be repeated;
-it is rougher than a reader's (docs/offline.md says how rough). Knows nothing of probes or alpha.
+it is rougher than a reader's. Knows nothing of probes or alpha.
 """
 
 from __future__ import annotations
