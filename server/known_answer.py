@@ -6,15 +6,20 @@ A probe names its model and carries token ids with the logits they must read. Ru
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from probes.fingerprint import match
 from probes.known_answer import check
 from probes.probe import Probe
 from server.engines.base import Engine, ScoreRequest
 
 
-async def check_probes(engine: Engine) -> None:
-    """ProbeMismatchError or KnownAnswerError when a probe does not belong to this engine."""
-    for probe in engine.probes:
+async def check_probes(engine: Engine, probes: Sequence[Probe]) -> None:
+    """ProbeMismatchError or KnownAnswerError when one does not belong to this engine.
+
+    All are attached to it.
+    """
+    for probe in probes:
         match(probe, engine.card.identity)
         answers = range(len(probe.card.known_answers))
         check(probe, [await _logits(engine, probe, i) for i in answers])
@@ -26,7 +31,7 @@ async def _logits(engine: Engine, probe: Probe, i: int) -> list[tuple[float, ...
             request_id=f"known-answer-{i}",
             token_ids=probe.card.known_answers[i].token_ids,
             start=0,
-            probe=probe.card.name,
+            probe=probe.id,
         )
     )
     return [reading.logits for reading in readings]

@@ -91,6 +91,10 @@ class Gate:
     def open_requests(self) -> int:
         return len(self._open)
 
+    def open_now(self) -> frozenset[object]:
+        """A token of each open request, to see later whether it is still there."""
+        return frozenset(self._open)
+
     def end_all(self, last_word: APIError) -> None:
         """Cancel every open request; each of them is told `last_word`."""
         self._last_word = last_word

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import signal
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -25,6 +26,7 @@ from server.lifecycle import Lifecycle
 from server.limits import MAX_HEADER_BYTES
 from server.process import SECONDS_FOR_LAST_WORDS, Listener, Server, bind
 from server.protocol import DeadlineProtocol
+from server.reload import Reload
 from server.service import Service
 from server.settings import BadSettingsError, Settings
 from server.startup import find_key_hashes, find_model, find_probes, load_engine, make_service
@@ -89,11 +91,14 @@ async def _run(
             _ready_line(settings, service, listening.main, playground=playground)
         ),
     )
+    reload = Reload(service, find=lambda: find_probes(settings), open_now=app.gate.open_now)
     try:
-        await check_probes(engine)
+        await check_probes(engine, engine.probes)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload.request)
         async with _metrics_listener(settings, service, listening.metrics):
             await server.serve([listening.main])
     finally:
+        await reload.close()
         await _close(engine)
         for recorder in service.recorders:
             recorder.close()

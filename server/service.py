@@ -23,7 +23,6 @@ class Service:
     metrics: Metrics
     served_names: tuple[str, ...]  # the model's names on the wire; the first is echoed
     created: int  # Unix seconds, when the model was loaded
-    default_probe: str | None  # name of the probe of `"risk": true`; None: the server has none
     suppression: bool = True  # requests may set alpha
     risk_by_default: bool = False  # a request without `risk` gets it
     default_max_tokens: int = 1024  # when a request sets none; never more than the context holds
@@ -37,6 +36,12 @@ class Service:
     def model_name(self) -> str:
         """The name that responses carry and metrics are labelled with."""
         return self.served_names[0]
+
+    @property
+    def default_probe(self) -> str | None:
+        """Name of the probe of `"risk": true`; None: the server has none."""
+        probes = self.engine.probes
+        return probes[0].card.name if probes else None
 
     @cached_property
     def system_fingerprint(self) -> str:

@@ -140,7 +140,6 @@ def make_service(settings: Settings, engine: Engine, model: Model) -> Service:
         metrics=metrics,
         served_names=model.names,
         created=int(time.time()),
-        default_probe=engine.probes[0].card.name if engine.probes else None,
         suppression=settings.suppression,
         risk_by_default=settings.risk_by_default,
         recorders=tuple(_recorders(settings, metrics)),

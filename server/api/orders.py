@@ -183,7 +183,7 @@ def _orders(
                 prompt_token_ids=prompt,
                 max_tokens=max_tokens,
                 sampling=_sampling(service, body, logprobs=logprobs, choice=len(orders)),
-                probe=plan.probe.card.name if plan else None,
+                probe=plan.probe.id if plan else None,
                 read_last=plan is not None and plan.probe.card.position == "read",
                 alpha=plan.alpha if plan else 1.0,
                 contributors=plan.contributors if plan else 0,

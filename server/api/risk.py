@@ -64,7 +64,7 @@ async def score_text(body: ScoreTextRequest, request: Request) -> Response:
         request_id=answer_id,
         token_ids=(*given.prompt, *(t.token_id for t in given.tokens if t.token_id is not None)),
         start=len(given.prompt),
-        probe=plan.probe.card.name,
+        probe=plan.probe.id,
         alpha=plan.alpha,
         contributors=plan.contributors,
     )

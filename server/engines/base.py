@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 from probes.errors import HNeuronsError
 
@@ -117,7 +117,7 @@ class GenerationRequest:
     prompt_token_ids: tuple[int, ...]  # at least one
     max_tokens: int  # >= 1; prompt + max_tokens <= card.max_model_len is checked above
     sampling: Sampling = field(default_factory=Sampling)
-    probe: str | None = None  # name of the probe that reads; None: nothing is read
+    probe: str | None = None  # id or name of the probe that reads; None: nothing is read
     read_last: bool = False  # one hidden extra step at a length finish, for `read` probes
     alpha: float = 1.0  # 1 is off; scales the suppression set of `probe`
     contributors: int = 0  # how many contributions each reading carries
@@ -193,3 +193,34 @@ class Engine(Protocol):
     async def aclose(self) -> None:
         """End every request with EngineDeadError and free the model."""
         ...
+
+
+@runtime_checkable
+class ReloadingEngine(Engine, Protocol):
+    """An engine whose probes can be changed while it runs."""
+
+    async def attach(self, probes: Sequence[Probe]) -> None:
+        """Read these as well, by id, from the next step on; `probes` stays what it was.
+
+        ProbeError when they cannot be read here; nothing has changed then.
+        """
+        ...
+
+    def offer(self, probes: Sequence[Probe]) -> None:
+        """`probes` are these from now on; all are attached, the others can still be named by id."""
+        ...
+
+    async def detach(self) -> None:
+        """Read only what is offered; no open request names another probe."""
+        ...
+
+
+def probe_index(probes: Sequence[Probe], word: str) -> int:
+    """Of the probe with that id, else of the first with that name; ValueError when there is none.
+
+    Two probes may share a name while one takes the other's place.
+    """
+    for known in ([probe.id for probe in probes], [probe.card.name for probe in probes]):
+        if word in known:
+            return known.index(word)
+    raise ValueError(f"no probe {word!r} is attached; there are {[p.id for p in probes]}")

@@ -39,6 +39,7 @@ from server.engines.base import (
     ScoreRequest,
     Step,
     TokenLogprobs,
+    probe_index,
 )
 from server.engines.fake_model import (
     EOS,
@@ -70,6 +71,7 @@ class FakeEngine:
     ) -> None:
         """`answer`: token ids to write for every request, instead of repeating the user's text."""
         self._probes = (fake_probe(),) if probes is None else tuple(probes)
+        self._attached = self._probes
         self._answer = answer
         self._max_waiting_requests = max_waiting_requests
         self._max_waiting_tokens = max_waiting_tokens
@@ -132,6 +134,18 @@ class FakeEngine:
             self._reading_of(request, request.token_ids[position], position)
             for position in range(max(request.start - 1, 0), len(request.token_ids))
         )
+
+    async def attach(self, probes: Sequence[Probe]) -> None:
+        """See `ReloadingEngine.attach`."""
+        self._attached = (*self._attached, *probes)
+
+    def offer(self, probes: Sequence[Probe]) -> None:
+        """See `ReloadingEngine.offer`."""
+        self._probes = tuple(probes)
+
+    async def detach(self) -> None:
+        """See `ReloadingEngine.detach`."""
+        self._attached = self._probes
 
     def health(self) -> Health:
         busy = self._running > 0
@@ -221,7 +235,8 @@ class FakeEngine:
     def _reading_of(
         self, request: GenerationRequest | ScoreRequest, token_id: int, position: int
     ) -> Reading:
-        probe = next(p for p in self._probes if p.card.name == request.probe)
+        assert request.probe is not None
+        probe = self._attached[probe_index(self._attached, request.probe)]
         logits = fake_logits(token_id, position, alpha=request.alpha, heads=len(probe.card.heads))
         neurons = zip(probe.layer.tolist(), probe.neuron.tolist(), strict=True)
         shares = tuple(

@@ -33,7 +33,7 @@ class Forward:
 
     def __init__(self, model: PreTrainedModel, meter: Meter | None) -> None:
         self._model = model
-        self._meter = meter
+        self.meter = meter  # may be changed between two passes
         self.device = model.device
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.num_layers: int = model.config.get_text_config().num_hidden_layers
@@ -48,7 +48,7 @@ class Forward:
 
     @property
     def meter_seconds_total(self) -> float:
-        return self._meter.seconds_total if self._meter else 0.0
+        return self.meter.seconds_total if self.meter else 0.0
 
     def new_cache(self, rows: int = 0) -> BatchCache:
         return BatchCache(self.num_layers, rows=rows, device=self.device)
@@ -70,8 +70,8 @@ class Forward:
         self._last = torch.tensor(counts, device=self.device).sub_(1).clamp_(min=0)
         mask, positions = cache.open(tokens)
         inputs: dict[str, object] = {"position_ids": positions} if self._takes_positions else {}
-        if self._meter is not None:
-            self._meter.begin([(tap.probe or 0, tap.alpha) for tap in taps])
+        if self.meter is not None:
+            self.meter.begin([(tap.probe or 0, tap.alpha) for tap in taps])
         with stored(cache.stored):
             logits = self._model(
                 input_ids=ids,
@@ -98,7 +98,7 @@ class Forward:
         `()` for rows without a probe. The meter never breaks a step: if it fails, the readings are
         NaN ("not scored") and the failure is logged and counted.
         """
-        meter = self._meter
+        meter = self.meter
         if meter is None or all(tap.probe is None for tap in taps):
             return [[()] * columns for _ in taps]
         started = time.perf_counter()
@@ -120,7 +120,7 @@ class Forward:
 
         `column` counts from the begin of the pass.
         """
-        assert self._meter is not None
+        assert self.meter is not None
         assert tap.probe is not None
-        found = self._meter.contributions(tap.probe, row, column, k)
+        found = self.meter.contributions(tap.probe, row, column, k)
         return tuple(Contribution(*entry) for entry in found)

@@ -7,6 +7,7 @@ hold a batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,7 +70,8 @@ def load_transformers_engine(
     ffns = find_ffns(model)
     found = identify(model, ffns, tokenizer, model_id=model_id)
     match_all(probes, found)
-    meter = Meter(ffns, probes, suppression=suppression) if probes else None
+    make_meter = partial(Meter, ffns, suppression=suppression)
+    meter = make_meter(probes) if probes else None
     if meter is not None:
         meter.attach()
     return TransformersEngine(
@@ -86,6 +88,7 @@ def load_transformers_engine(
         ),
         probes=probes,
         meter=meter,
+        make_meter=make_meter,
         max_num_seqs=max_num_seqs,
         max_waiting_requests=max_waiting_requests,
         max_waiting_tokens=max_waiting_tokens,

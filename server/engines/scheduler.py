@@ -84,6 +84,11 @@ class Scheduler:
     def idle(self) -> bool:
         return self.running + self.waiting == 0
 
+    @property
+    def rows(self) -> list[Row]:
+        """Every row that is here, in whatever state."""
+        return [*self._waiting, *(self._prefill.rows if self._prefill else ()), *self._rows]
+
     def add(self, rows: Iterable[Row]) -> None:
         """Queue `rows` behind those that wait."""
         self._waiting.extend(rows)

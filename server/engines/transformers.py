@@ -12,11 +12,12 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from probes.errors import ProbeError
 from probes.probe import Probe
 from probes.tap import Meter
 from server.engines.base import (
@@ -30,6 +31,7 @@ from server.engines.base import (
     RequestFailedError,
     ScoreRequest,
     Step,
+    probe_index,
 )
 from server.engines.forward import Forward, Tap
 from server.engines.scheduler import Outcome, Row, Scheduler
@@ -53,14 +55,21 @@ class TransformersEngine:
         *,
         probes: Sequence[Probe] = (),
         meter: Meter | None = None,
+        make_meter: Callable[[Sequence[Probe]], Meter] | None = None,
         max_num_seqs: int = 16,
         max_waiting_requests: int = 64,
         max_waiting_tokens: int = 65_536,
         prefill_tokens: int = 512,
     ) -> None:
-        """`meter` is attached to `model` and reads `probes`; None exactly when there are none."""
+        """`meter` is attached to `model` and reads `probes`; None exactly when there are none.
+
+        make_meter  another one, not attached yet; None: the probes stay what they are
+        """
         assert (meter is None) == (not probes)
         self._card, self._tokenizer, self._probes = card, tokenizer, tuple(probes)
+        self._attached = self._probes  # what the meter reads: these, and those on their way out
+        self._make_meter = make_meter
+        self._change: _Change | None = None  # wanted, not made yet
         self._max_num_seqs = max_num_seqs
         self._max_waiting_requests = max_waiting_requests
         self._max_waiting_tokens = max_waiting_tokens
@@ -103,7 +112,7 @@ class TransformersEngine:
         if request.max_tokens < 1:
             raise ValueError(f"max_tokens must be 1 or more, not {request.max_tokens}")
         self._check(request.prompt_token_ids, more=request.max_tokens)
-        stream = self._submit(Row(request, self._tap(request.probe, request.alpha)))
+        stream = self._submit(request)
         try:
             while True:
                 item = await stream.queue.get()
@@ -119,7 +128,7 @@ class TransformersEngine:
     async def score(self, request: ScoreRequest) -> tuple[Reading, ...]:
         """See `Engine.score`. Runs through the same queue and the same passes as prompts do."""
         self._check(request.token_ids, more=0)
-        stream = self._submit(Row(request, self._tap(request.probe, request.alpha)))
+        stream = self._submit(request)
         try:
             item = await stream.queue.get()
             if isinstance(item, EngineError):
@@ -128,6 +137,32 @@ class TransformersEngine:
             return item
         finally:
             self._abort(stream)
+
+    async def attach(self, probes: Sequence[Probe]) -> None:
+        """See `ReloadingEngine.attach`."""
+        known = {probe.id for probe in self._attached}
+        await self._read((*self._attached, *(probe for probe in probes if probe.id not in known)))
+
+    def offer(self, probes: Sequence[Probe]) -> None:
+        """See `ReloadingEngine.offer`."""
+        self._probes = tuple(probes)
+
+    async def detach(self) -> None:
+        """See `ReloadingEngine.detach`."""
+        await self._read(self._probes)
+
+    async def _read(self, probes: tuple[Probe, ...]) -> None:
+        """Give the thread a meter for `probes` and wait until it has changed over."""
+        if self._make_meter is None or self._meter is None:
+            raise ProbeError("this server was started without a probe and cannot get one later")
+        meter = await asyncio.to_thread(self._make_meter, probes)
+        change = _Change(probes, meter, asyncio.get_running_loop())
+        with self._wake:
+            if self._dead or self._closing:
+                raise EngineDeadError(self._dead or "the engine is closed")
+            self._change = change
+            self._wake.notify()
+        await change.done
 
     def health(self) -> Health:
         scheduler = self._scheduler
@@ -170,14 +205,12 @@ class TransformersEngine:
             if alpha != 1:
                 raise ValueError("alpha scales the neurons of a probe: name one")
             return Tap()
-        names = [known.card.name for known in self._probes]
-        if probe not in names:
-            raise ValueError(f"no probe {probe!r} is attached; there are {names}")
-        return Tap(names.index(probe), alpha)
+        return Tap(probe_index(self._attached, probe), alpha)
 
-    def _submit(self, row: Row) -> _Stream:
-        stream = _Stream(row)
+    def _submit(self, request: GenerationRequest | ScoreRequest) -> _Stream:
         with self._wake:
+            row = Row(request, self._tap(request.probe, request.alpha))
+            stream = _Stream(row)
             if self._dead or self._closing:
                 raise EngineDeadError(self._dead or "the engine is closed")
             waiting = self._scheduler.waiting + len(self._inbox)
@@ -216,16 +249,49 @@ class TransformersEngine:
             self._dead = reason
             self._inbox.clear()
             left = list(self._streams)
+            if self._change is not None:
+                self._change.fail(EngineDeadError(reason))
         self._hand_out([(row, EngineDeadError(reason)) for row in left])
 
     def _take_in(self) -> bool:
         """Wait for work; False when the engine is to end."""
         with self._wake:
-            while not (self._closing or self._inbox) and self._scheduler.idle:
+            while not (self._closing or self._inbox or self._change) and self._scheduler.idle:
                 self._wake.wait()
+            if self._change is not None:
+                self._change_over(self._change)
+                self._change = None
             self._scheduler.add(self._inbox)
             self._inbox = []
             return not self._closing
+
+    def _change_over(self, change: _Change) -> None:
+        """Between two passes: the new meter takes the old one's place, rows find their probe."""
+        assert self._meter is not None
+        ids = [probe.id for probe in change.probes]
+        old = [probe.id for probe in self._attached]
+        # A row that nobody waits for may still be fed once more: its probe stays until next time.
+        used = {row.tap.probe for row in self._rows() if row.tap.probe is not None}
+        missing = [i for i in used if old[i] not in ids]
+        probes, meter = change.probes, change.meter
+        if missing:
+            assert self._make_meter is not None
+            probes = (*probes, *(self._attached[i] for i in missing))
+            ids = [probe.id for probe in probes]
+            meter = self._make_meter(probes)
+        self._meter.close()
+        meter.attach()
+        meter.seconds_total = self._meter.seconds_total  # a counter never falls
+        for row in self._rows():
+            if row.tap.probe is not None:
+                row.tap = row.tap._replace(probe=ids.index(old[row.tap.probe]))
+        self._meter = self._forward.meter = meter
+        self._attached = probes
+        change.loop.call_soon_threadsafe(change.done.set_result, None)
+
+    def _rows(self) -> list[Row]:
+        """All rows that may still be fed."""
+        return [*self._inbox, *self._scheduler.rows]
 
     def _hand_out(self, outcomes: Sequence[tuple[Row, Outcome | EngineDeadError]]) -> None:
         """One callback per event loop; there is one loop, save in tests."""
@@ -244,6 +310,19 @@ class TransformersEngine:
 
 
 _Item: TypeAlias = Outcome | EngineDeadError
+
+
+class _Change:
+    """Other probes, and who waits until they are read."""
+
+    def __init__(
+        self, probes: tuple[Probe, ...], meter: Meter, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self.probes, self.meter, self.loop = probes, meter, loop
+        self.done: asyncio.Future[None] = loop.create_future()
+
+    def fail(self, error: EngineDeadError) -> None:
+        self.loop.call_soon_threadsafe(self.done.set_exception, error)
 
 
 class _Stream:

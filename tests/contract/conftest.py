@@ -28,7 +28,6 @@ def make_fake_service(engine: FakeEngine, **settings: Any) -> Service:
         "metrics": Metrics(model_name="fake", health=engine.health),
         "served_names": ("fake", "other-name"),
         "created": 1_700_000_000,
-        "default_probe": engine.probes[0].card.name if engine.probes else None,
     }
     return Service(**{**values, **settings})
 

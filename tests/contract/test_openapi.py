@@ -25,7 +25,6 @@ def current() -> str:
         metrics=Metrics(model_name="fake"),
         served_names=("fake",),
         created=0,
-        default_probe="fake",
     )
     schema = create_api(service, Lifecycle(health=engine.health, heartbeat=60)).openapi()
     return json.dumps(schema, indent=1, sort_keys=True, ensure_ascii=False) + "\n"

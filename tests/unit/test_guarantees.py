@@ -48,7 +48,6 @@ async def test_every_route_is_listed(guarantees: str) -> None:
         metrics=Metrics(model_name="fake"),
         served_names=("fake",),
         created=0,
-        default_probe="fake",
     )
     api = create_api(service, Lifecycle(health=engine.health, heartbeat=1.0))
     served = {

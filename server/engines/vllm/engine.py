@@ -32,6 +32,7 @@ from server.engines.base import (
     ScoreRequest,
     Step,
     TokenLogprobs,
+    probe_index,
 )
 from server.engines.vllm.plan import EXTRA_ARGS_KEY, MeterPlan, Order, salt
 from server.engines.vllm.processes import EngineProcesses
@@ -231,17 +232,15 @@ class VllmEngine:
     def _order(self, probe: str | None, alpha: float, contributors: int) -> Order | None:
         if not math.isfinite(alpha) or alpha < 0:
             raise ValueError(f"alpha must be a finite number >= 0, not {alpha}")
-        names = [known.card.name for known in self.probes]
         if probe is None:
             if alpha != 1:
                 raise ValueError("alpha scales the neurons of a probe: name one")
             return None
-        if probe not in names:
-            raise ValueError(f"no probe {probe!r} is attached; there are {names}")
+        index = probe_index(self.probes, probe)
         assert self._plan is not None
         if alpha != 1 and not self._plan.suppression:
             raise ValueError("this engine was made without suppression: alpha must be 1")
-        return Order(names.index(probe), alpha, contributors, whole_prompt=False)
+        return Order(index, alpha, contributors, whole_prompt=False)
 
     def _params(self, sampling: Sampling, order: Order | None) -> SamplingParams:
         return SamplingParams(

@@ -117,7 +117,7 @@ async def test_every_known_answer_is_read_through_the_engine() -> None:
     answers = build([(1, 2), (3, 4, 5)], lambda ids: [(9.0, 9.0)] * len(ids))
     engine = Watched(probes=[with_answers(probe, answers)])
     with pytest.raises(KnownAnswerError):
-        await check_probes(engine)
+        await check_probes(engine, engine.probes)
     assert [request.token_ids for request in engine.asked] == [(1, 2), (3, 4, 5)]
 
 
@@ -130,8 +130,9 @@ async def test_a_dead_engine_passes_no_test() -> None:
 
     probe = fake_probe()
     answers = build([(1,)], lambda ids: [(0.0, 0.0)])
+    dead = Dead(probes=[with_answers(probe, answers)])
     with pytest.raises(EngineDeadError):
-        await check_probes(Dead(probes=[with_answers(probe, answers)]))
+        await check_probes(dead, dead.probes)
 
 
 def with_answers(probe: Probe, answers: tuple[KnownAnswer, ...]) -> Probe:
