@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 
 from offline.run_folder import LOCK, holds_run, locked
+from offline.splits import SPLIT_SEED
 from probes.errors import HNeuronsError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -89,7 +90,19 @@ Transfer = Annotated[
 ]
 Solver = Annotated[str, typer.Option(help="skglm, or liblinear for small models")]
 MaxNeurons = Annotated[int, typer.Option(min=1, help="neuron budget")]
-Seed = Annotated[int, typer.Option(help="of sampling, split and fit")]
+DesignName = Annotated[
+    str | None,
+    typer.Option(
+        "--design",
+        help="tokens (default), or the paper's: 1-vs-1 (claims), 3-vs-1 (claims and what stands "
+        "around them; the default with --paper)",
+    ),
+]
+C = Annotated[float, typer.Option(min=1e-6, help="of the paper's designs: liblinear's C")]
+Seed = Annotated[int, typer.Option(help="of sampling")]
+SplitSeed = Annotated[
+    int, typer.Option(help="decides which relations and questions judge the probe, and its folds")
+]
 Name = Annotated[str, typer.Option(help="name of the probe")]
 License = Annotated[str, typer.Option(help="of the probe, as the hub names licences")]
 
@@ -174,6 +187,8 @@ def label(
     wrong_per_right: WrongPerRight = None,
     right_per_wrong: RightPerWrong = None,
     in_flight: InFlight = 32,
+    split_seed: SplitSeed = SPLIT_SEED,
+    transfer: Transfer = None,
 ) -> None:
     """Judge the answers and find the tokens of their claims."""
     from offline import label as verb
@@ -189,6 +204,8 @@ def label(
         wrong_per_right=wrong_per_right,
         right_per_wrong=right_per_wrong,
         in_flight=in_flight,
+        split_seed=split_seed,
+        transfer=tuple(transfer or ()),
     )
     verb.label_answers(
         out / "answers.jsonl",
@@ -248,21 +265,27 @@ def fit(
     out: Run,
     transfer: Transfer = None,
     solver: Solver = "skglm",
-    max_neurons: MaxNeurons = 350,
-    seed: Seed = 0,
+    max_neurons: MaxNeurons = 300,
+    split_seed: SplitSeed = SPLIT_SEED,
+    paper: Paper = False,
+    design: DesignName = None,
+    c: C = 1.0,
 ) -> None:
     """Fit, choose and calibrate a probe."""
     from offline import fit as verb
     from offline.dataset import load_dataset
+    from offline.heads import HeadSettings
     from offline.l1_path import parse_solver
 
     settings = verb.FitSettings(
-        seed=seed,
-        solver=parse_solver(solver),
+        seed=split_seed,
+        heads=HeadSettings(solver=parse_solver(solver)),
+        design=verb.parse_design(design or ("3-vs-1" if paper else "tokens")),
+        c=c,
         max_neurons=max_neurons,
         transfer=tuple(transfer or ()),
     )
-    data = load_dataset(out, transfer=frozenset(settings.transfer), seed=seed)
+    data = load_dataset(out, transfer=frozenset(settings.transfer), seed=split_seed)
     verb.fit(data, settings).save(out / "fit.json")
 
 
@@ -395,8 +418,11 @@ def train(
     license: License = "apache-2.0",
     transfer: Transfer = None,
     solver: Solver = "skglm",
-    max_neurons: MaxNeurons = 350,
+    max_neurons: MaxNeurons = 300,
     seed: Seed = 0,
+    split_seed: SplitSeed = SPLIT_SEED,
+    design: DesignName = None,
+    c: C = 1.0,
     to: Annotated[Path | None, typer.Option(help="new folder (default: OUT/probe)")] = None,
 ) -> None:
     """Every verb in turn: from questions to a probe that a server loads."""
@@ -406,10 +432,10 @@ def train(
     )  # fmt: skip
     label(
         model, out, revision, paper, judge, spans, judge_url, judge_model, agree,
-        wrong_per_right, right_per_wrong, in_flight,
+        wrong_per_right, right_per_wrong, in_flight, split_seed, transfer,
     )  # fmt: skip
     extract(model, out, revision, position, dtype, model_dtype, device_map)
-    fit(out, transfer, solver, max_neurons, seed)
+    fit(out, transfer, solver, max_neurons, split_seed, paper, design, c)
     evaluate(out)
     publish(model, out, name, revision, model_dtype, device_map, license, to)
 

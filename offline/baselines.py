@@ -1,44 +1,110 @@
 """What a probe must beat: detectors that are free, and other readers of the same pass.
 
-All are oriented: higher = more likely hallucinated. Fitted ones are fitted on part `fit`, their
-strength is chosen on part `calibrate`, like the probe's.
+All are oriented: higher = more likely hallucinated. Fitted ones see the rows of part `fit` that the
+probe's head saw, and choose their penalty on one fold of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from offline.dataset import Dataset
+from offline.examples import answer_means, token_rows
 from offline.extract import WHOLE, Kind
 from offline.features import FloatArray, IntArray
-from offline.fit import FitResult, choose_rows
+from offline.fit import FitResult
 from offline.l1_path import standardise
-from offline.metrics import Floats, rank
+from offline.metrics import Bools, Floats, rank
+from offline.splits import folds
 
-RANDOM_DRAWS = 10
-STRENGTHS = (1e-3, 1e-2, 1e-1)  # C of the dense logistic regressions, on standardised features
+RANDOM_DRAWS = 20
+PENALTIES = (3.0, 0.3, 0.03, 0.003)  # L2, per example, on standardised features
+BLOCK_ROWS = 4096  # that are read at a time
 
 _LOWER_IS_WORSE = ("logprob_mean", "logprob_min", "logprob_sum")
 
 
+class _Fitted(NamedTuple):
+    """A dense logistic regression on standardised features, the scaler folded in."""
+
+    weight: Floats
+    bias: float
+
+    def read(self, x: FloatArray) -> Floats:
+        scores: Floats = x.astype(np.float64) @ self.weight + self.bias
+        return scores
+
+
 def token_detectors(data: Dataset, result: FitResult, rows: IntArray) -> dict[str, Floats]:
-    """Name -> score of each of `rows`; the probe first."""
+    """Name -> score of each of `rows`; the probe's token head first."""
     features = data.features
+    fitted, weight = token_rows(data, result.settings)
+    wrong, units = features.kind[fitted] == Kind.WRONG, data.unit[fitted].tolist()
     detectors = {
-        "probe": result.chosen.logits(features, rows),
+        "probe": result.chosen.logits(features, rows)[:, 0],
         "-logprob": -features.logprob[rows].astype(np.float64),
         "entropy": features.entropy[rows].astype(np.float64),
-        "random neurons, as many": _random_neurons(data, result, rows),
     }
     for layer in features.header.residual_layers:
-
-        def read(rows: IntArray, layer: int = layer) -> FloatArray:
-            return features.residual(rows, layer)
-
-        detectors[f"residual layer {layer}, dense"] = _dense(data, result, rows, read)
+        model = _dense(features.residual(fitted, layer), wrong, units, weight=weight)
+        detectors[f"residual layer {layer}, dense"] = model.read(features.residual(rows, layer))
     return detectors
+
+
+def random_neurons(data: Dataset, result: FitResult, rows: IntArray) -> Floats:
+    """`[draws, rows]`: as many neurons as the probe has, drawn at random, each draw fitted on the
+    tokens that the probe saw."""
+    random = np.random.default_rng(result.settings.seed)
+    features = data.features
+    fitted, weight = token_rows(data, result.settings)
+    wrong, units = features.kind[fitted] == Kind.WRONG, data.unit[fitted].tolist()
+    draws = [
+        np.sort(random.choice(features.width, len(result.chosen.columns), replace=False))
+        for _ in range(RANDOM_DRAWS)
+    ]
+    columns = np.unique(np.concatenate(draws))
+    at = [np.searchsorted(columns, draw) for draw in draws]
+    seen = features.cett(fitted, columns)
+    models = [_dense(seen[:, where], wrong, units, weight=weight) for where in at]
+    scores = np.empty((len(draws), len(rows)))
+    for block in np.array_split(np.arange(len(rows)), -(-len(rows) // BLOCK_ROWS)):
+        values = features.cett(rows[block], columns)
+        for d, (where, model) in enumerate(zip(at, models, strict=True)):
+            scores[d, block] = model.read(values[:, where])
+    return scores
+
+
+def answer_detectors(data: Dataset, answers: IntArray) -> dict[str, Floats]:
+    """Name -> score of whole answers: what is free, and dense readers of the same pass."""
+    fitted = data.answered("fit")
+    wrong, units = data.hallucinated(fitted), data.unit[data.first[fitted]].tolist()
+    detectors = {
+        **whole_statistics(data, answers),
+        "words of the question": _words(data, answers, with_answer=False),
+        "words of question and answer": _words(data, answers, with_answer=True),
+    }
+    for layer in data.features.header.residual_layers:
+        model = _dense(_residual_means(data, fitted, layer), wrong, units)
+        scores = model.read(_residual_means(data, answers, layer))
+        detectors[f"residual layer {layer}, dense"] = scores
+    detectors["CETT of all neurons, dense"] = _dense_cett(data, fitted, answers, wrong, units)
+    return detectors
+
+
+def random_answer_neurons(data: Dataset, result: FitResult, answers: IntArray) -> Floats:
+    """`[draws, answers]`: as many neurons as the probe has, drawn at random, fitted on answers."""
+    random = np.random.default_rng(result.settings.seed)
+    fitted = data.answered("fit")
+    wrong, units = data.hallucinated(fitted), data.unit[data.first[fitted]].tolist()
+    seen, asked = answer_means(data, fitted), answer_means(data, answers)
+    scores = []
+    for _ in range(RANDOM_DRAWS):
+        columns = random.choice(data.features.width, len(result.chosen.columns), replace=False)
+        model = _dense(seen[:, columns].astype(np.float32), wrong, units)
+        scores.append(model.read(asked[:, columns].astype(np.float32)))
+    return np.array(scores)
 
 
 def whole_statistics(data: Dataset, answers: IntArray) -> dict[str, Floats]:
@@ -52,50 +118,70 @@ def whole_statistics(data: Dataset, answers: IntArray) -> dict[str, Floats]:
     }
 
 
-def question_words(data: Dataset, answers: IntArray) -> Floats:
-    """TF-IDF of the question alone, without any look at the model: what the wording gives away."""
+def _words(data: Dataset, answers: IntArray, *, with_answer: bool) -> Floats:
+    """TF-IDF of the texts, without any look at the model: what the wording gives away."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
+    def texts(indices: IntArray) -> list[str]:
+        chosen = [data.answers[i] for i in indices]
+        return [f"{a.question} {a.text}" if with_answer else a.question for a in chosen]
+
     fitted = data.answered("fit")
     model = make_pipeline(TfidfVectorizer(sublinear_tf=True), LogisticRegression())
-    model.fit([data.answers[i].question for i in fitted], data.hallucinated(fitted))
-    scores: Floats = model.decision_function([data.answers[i].question for i in answers])
+    model.fit(texts(fitted), data.hallucinated(fitted))
+    scores: Floats = model.decision_function(texts(answers))
     return scores
 
 
-def _random_neurons(data: Dataset, result: FitResult, rows: IntArray) -> Floats:
-    """As many neurons as the probe has, drawn at random, fitted densely; mean over the draws."""
-    random = np.random.default_rng(result.settings.seed)
-    total = np.zeros(len(rows))
-    for _ in range(RANDOM_DRAWS):
-        columns = np.sort(
-            random.choice(data.features.width, len(result.chosen.columns), replace=False)
-        )
+def _residual_means(data: Dataset, answers: IntArray, layer: int) -> FloatArray:
+    rows = [data.rows_of(i) for i in answers]
+    sizes = np.array([len(one) for one in rows])
+    values = data.features.residual(np.concatenate(rows), layer)
+    sums: FloatArray = np.add.reduceat(values, np.cumsum([0, *sizes[:-1]]), axis=0)
+    return np.asfortranarray(sums / sizes[:, None].astype(np.float32))
 
-        def read(rows: IntArray, columns: IntArray = columns) -> FloatArray:
-            return data.features.cett(rows, columns)
 
-        total += _dense(data, result, rows, read)
-    return total / RANDOM_DRAWS
+def _dense_cett(
+    data: Dataset, fitted: IntArray, answers: IntArray, wrong: Bools, units: list[str]
+) -> Floats:
+    """Every neuron: far more columns than rows, so the fit is done on the rows' inner products,
+    which loses nothing (the solution of an L2 fit lies in the span of the rows)."""
+    seen = np.asfortranarray(answer_means(data, fitted), dtype=np.float32)
+    mean, scale = standardise(seen)
+    values, vectors = np.linalg.eigh((seen @ seen.T).astype(np.float64))
+    kept = values > values.max() * 1e-6
+    root = np.sqrt(values[kept])
+    asked = (answer_means(data, answers).astype(np.float32) - mean) / scale
+    turned = (asked @ seen.T).astype(np.float64) @ (vectors[:, kept] / root)
+    model = _dense((vectors[:, kept] * root).astype(np.float32), wrong, units, scaled=False)
+    return model.read(turned.astype(np.float32))
 
 
 def _dense(
-    data: Dataset, result: FitResult, rows: IntArray, read: Callable[[IntArray], FloatArray]
-) -> Floats:
-    """Decision function `[rows]` of an L2 logistic regression on the tokens the probe saw."""
+    x: FloatArray,
+    wrong: Bools,
+    units: list[str],
+    *,
+    weight: IntArray | None = None,
+    scaled: bool = True,
+) -> _Fitted:
+    """L2 logistic regression; the penalty is the best on one fold of the units."""
     from sklearn.linear_model import LogisticRegression
 
-    fitted = choose_rows(data, result.settings)
-    held_out = data.rows("calibrate", Kind.WRONG, Kind.RIGHT)
-    kind = data.features.kind
-    x = read(fitted)
-    mean, scale = standardise(x)
-    check = (read(held_out) - mean) / scale
-    models = [
-        LogisticRegression(C=c, max_iter=300).fit(x, kind[fitted] == Kind.WRONG) for c in STRENGTHS
-    ]
-    best = max(models, key=lambda m: rank(kind[held_out] == Kind.WRONG, m.decision_function(check)))
-    scores: Floats = best.decision_function((read(rows) - mean) / scale)
-    return scores
+    x = np.asfortranarray(x)
+    mean, scale = standardise(x) if scaled else (np.zeros(x.shape[1]), np.ones(x.shape[1]))
+    each = np.ones(len(x)) if weight is None else weight.astype(np.float64)
+    out = np.array(folds(units, 4, seed=0)) == 0
+
+    def fitted(rows: Bools, penalty: float) -> LogisticRegression:
+        c = 1 / (penalty * each[rows].sum())
+        return LogisticRegression(C=c, max_iter=300).fit(x[rows], wrong[rows], each[rows])
+
+    def merit(penalty: float) -> float:
+        return rank(wrong[out], fitted(~out, penalty).decision_function(x[out]))
+
+    model = fitted(np.ones(len(x), dtype=np.bool_), max(PENALTIES, key=merit))
+    folded = model.coef_[0].astype(np.float64) / scale
+    return _Fitted(folded, float(model.intercept_[0]) - float(mean @ folded))

@@ -1,17 +1,21 @@
-"""Risks and thresholds from held-out logits; numbers only, applied by `probes/calibration.py`."""
+"""Risks from held-out logits; numbers only, applied by `probes/calibration.py`."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offline.metrics import Floats
 from offline.records import RecordError
-from probes.calibration import Calibration, Isotonic, OperatingPoint, Platt, calibrate
+from offline.splits import folds
+from probes.calibration import Calibration, Isotonic, Platt, calibrate
 from probes.card import ReferenceRisks
 
+FOLDS = 5
 REFERENCE_BINS = 10
-RATES = (0.01, 0.05, 0.1)  # false-positive rates of the operating points fpr_1, fpr_5, fpr_10
 
 
 def platt(logits: Floats, hallucinated: NDArray[np.bool_]) -> Platt:
@@ -24,13 +28,19 @@ def platt(logits: Floats, hallucinated: NDArray[np.bool_]) -> Platt:
     _require_both(hallucinated)
     spread = float(logits.std()) or 1.0
     model = LogisticRegression(C=1e6).fit((logits / spread)[:, None], hallucinated)
-    slope = float(model.coef_[0, 0]) / spread
-    if slope <= 0:
-        raise RecordError(
-            f"on held-out data a higher logit means less risk (slope {slope:.3g}): the probe has "
-            f"learned nothing that holds there; collect more answers"
-        )
-    return Platt(slope=slope, intercept=float(model.intercept_[0]))
+    return _rising(float(model.coef_[0, 0]) / spread, float(model.intercept_[0]))
+
+
+def temperature(logits: Floats, hallucinated: NDArray[np.bool_]) -> Platt:
+    """risk = sigmoid(slope * logit): the logit's own zero stays at a risk of one half."""
+    from sklearn.linear_model import LogisticRegression
+
+    _require_both(hallucinated)
+    spread = float(logits.std()) or 1.0
+    model = LogisticRegression(C=1e6, fit_intercept=False).fit(
+        (logits / spread)[:, None], hallucinated
+    )
+    return _rising(float(model.coef_[0, 0]) / spread, 0.0)
 
 
 def isotonic(logits: Floats, hallucinated: NDArray[np.bool_]) -> Isotonic:
@@ -43,26 +53,47 @@ def isotonic(logits: Floats, hallucinated: NDArray[np.bool_]) -> Isotonic:
     return Isotonic(logits=tuple(knots.tolist()), risks=tuple(model.y_thresholds_[first].tolist()))
 
 
-def operating_points(
-    calibration: Calibration, logits: Floats, hallucinated: NDArray[np.bool_]
-) -> tuple[OperatingPoint, ...]:
-    """Thresholds that flag 1, 5 and 10 % of the rows that are not hallucinated."""
-    _require_both(hallucinated)
-    risks = calibrate(calibration, logits)
-    negative = np.sort(risks[~hallucinated])[::-1]
-    points = []
-    for rate in RATES:
-        # Just above the first negative that would be one too many; flagged is risk >= threshold.
-        threshold = min(1.0, float(np.nextafter(negative[int(rate * len(negative))], 2.0)))
-        points.append(
-            OperatingPoint(
-                name=f"fpr_{round(100 * rate)}",
-                threshold=threshold,
-                false_positive_rate=float((negative >= threshold).mean()),
-                recall=float((risks[hallucinated] >= threshold).mean()),
-            )
+METHODS: dict[str, Callable[[Floats, NDArray[np.bool_]], Calibration]] = {
+    "platt": platt,
+    "temperature": temperature,
+    "isotonic": isotonic,
+}
+
+
+def choose_calibration(
+    logits: Floats, hallucinated: NDArray[np.bool_], units: Sequence[str], *, seed: int
+) -> tuple[Calibration, dict[str, float]]:
+    """The method with the lowest Brier score on units that it was not fitted on, fitted on all
+    rows; and the score of each, infinite for a method that these logits rule out.
+
+    `logits` must come from probes that were not fitted on the same rows.
+    """
+    fold = np.array(folds(units, FOLDS, seed=seed))
+    scores = {name: _held_out_brier(logits, hallucinated, fold, name) for name in METHODS}
+    best = min(scores, key=lambda name: scores[name])
+    return METHODS[best](logits, hallucinated), scores
+
+
+def _held_out_brier(
+    logits: Floats, hallucinated: NDArray[np.bool_], fold: NDArray[np.int64], name: str
+) -> float:
+    risk = np.empty(len(logits))
+    try:
+        for held in np.unique(fold):
+            out = fold == held
+            risk[out] = calibrate(METHODS[name](logits[~out], hallucinated[~out]), logits[out])
+    except RecordError:
+        return math.inf
+    return float(((risk - hallucinated) ** 2).mean())
+
+
+def _rising(slope: float, intercept: float) -> Platt:
+    if slope <= 0:
+        raise RecordError(
+            f"on held-out data a higher logit means less risk (slope {slope:.3g}): the probe has "
+            f"learned nothing that holds there; collect more answers"
         )
-    return tuple(points)
+    return Platt(slope=slope, intercept=intercept)
 
 
 def reference_risks(calibration: Calibration, logits: Floats) -> ReferenceRisks:

@@ -15,6 +15,8 @@ from offline.records import Answer, Label, RecordError, Verdict
 
 NOT_AGREED = "too few of the samples agree"
 NOT_TYPICAL = "another sample stands for the question"
+WRONG_PER_RIGHT = 3.0  # of a source: what answers are fitted on
+WRONG_PER_RIGHT_OF_GROUP = 1.5  # what tokens are fitted on, and all risks calibrated
 SURPLUS = "more than the other answers of the group allow"
 
 
@@ -60,16 +62,18 @@ def balance(
     *,
     wrong_per_right: float,
     right_per_wrong: float,
+    inside_groups: bool = False,
 ) -> list[Label]:
-    """At most so many wrong answers per right one, and right per wrong one, within each source,
-    style and group; 0 keeps all.
+    """At most so many wrong answers per right one, and right per wrong one, within each source and
+    style; 0 keeps all. Drawn from all groups alike, so that each keeps its own share of wrong ones.
 
-    Without this a probe learns which groups the model is bad at instead of when it is wrong.
+    `inside_groups`: within each group too; then nothing is earned by telling groups apart.
     """
     groups: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     for i, answer in enumerate(answers):
         if not labels[i].dropped and labels[i].verdict in ("right", "wrong"):
-            groups[answer.source, answer.style, answer.group].append(i)
+            group = answer.group if inside_groups else ""
+            groups[answer.source, answer.style, group].append(i)
     kept = list(labels)
     for indices in groups.values():
         right = _shuffled([i for i in indices if not labels[i].hallucinated], labels)

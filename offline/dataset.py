@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from offline.choice import WRONG_PER_RIGHT_OF_GROUP, balance
 from offline.extract import Kind
 from offline.features import Features, IntArray, load_features
 from offline.records import Answer, Label, RecordError, read_records, sha256
@@ -32,6 +33,12 @@ class Dataset:
     unit: Names
     first: IntArray
 
+    def even_rows(self, part: Part, *kinds: Kind) -> IntArray:
+        """Rows of `even` answers of a part whose token is of one of `kinds`."""
+        answers = self.even(self.answered(part))
+        rows = self.rows(part, *kinds)
+        return rows[np.isin(self.features.answer[rows], answers)]
+
     def rows(self, part: Part, *kinds: Kind) -> IntArray:
         """Rows of a part whose token is of one of `kinds`."""
         chosen = (self.part == part) & np.isin(self.features.kind, kinds)
@@ -51,17 +58,23 @@ class Dataset:
             dtype=np.int64,
         )
 
-    def judged(self, answers: IntArray) -> IntArray:
-        """Those of `answers` whose every token is judged: nothing follows the claim.
-
-        What a model adds to a right claim may be false, so only of these answers is it known
-        whether the whole response is hallucinated.
-        """
-        kind = self.features.kind
-        return np.array(
-            [i for i in answers if not (kind[self.rows_of(i)] == Kind.UNJUDGED).any()],
-            dtype=np.int64,
+    def even(
+        self, answers: IntArray, *, wrong_per_right: float = WRONG_PER_RIGHT_OF_GROUP
+    ) -> IntArray:
+        """Those of `answers` that are left when each group keeps at most so many wrong ones per
+        right one."""
+        labels = balance(
+            [self.answers[i] for i in answers],
+            [self.labels[i] for i in answers],
+            wrong_per_right=wrong_per_right,
+            right_per_wrong=0.0,
+            inside_groups=True,
         )
+        return answers[np.array([not label.dropped for label in labels], dtype=np.bool_)]
+
+    def located(self, answers: IntArray) -> IntArray:
+        """Those of `answers` whose claim was found: some tokens are known to make it."""
+        return np.array([i for i in answers if len(self.claim_rows(i))], dtype=np.int64)
 
     def ordinary(self, part: Part) -> IntArray:
         """Indices of the long answers to ordinary prompts."""

@@ -2,9 +2,9 @@
 costs nothing.
 
 Three levels. Tokens: those of wrong claims against all others. Claims: mean token logit over the
-known claim, wrong against right. Responses: answers of which every token is judged, pooled over all
-their tokens as the server does. Baselines stand in the same tables on the same items. Intervals are
-resampled by unit (relation, question).
+known claim, wrong against right. Answers: whole short answers, pooled over all their tokens as the
+server does. Baselines stand in the same tables on the same items. Intervals are resampled by unit
+(relation, question).
 """
 
 from __future__ import annotations
@@ -15,41 +15,41 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from offline import metrics
-from offline.baselines import question_words, token_detectors, whole_statistics
-from offline.curves import Curve, curve
+from offline.baselines import (
+    answer_detectors,
+    random_answer_neurons,
+    random_neurons,
+    token_detectors,
+)
+from offline.curves import Curve
 from offline.dataset import Dataset
+from offline.domains import Place, alone, places
 from offline.extract import Kind
 from offline.features import IntArray
-from offline.fit import TOKEN_KINDS, FitResult, mixture, response_mixture
-from offline.metrics import Bools, Floats, Metric
+from offline.fit import JUDGED, POOLINGS, FitResult, claim_means, mixture, pooled, response_mixture
+from offline.metrics import Floats
 from offline.records import Record, read_bytes, write_atomic
-from probes.calibration import OperatingPoint, calibrate
+from offline.tables import CALIBRATION, drawn, figure, flagged, ranked, table
+from probes.calibration import calibrate
 from probes.card import EvaluationRow, ReliabilityBin
 
 log = logging.getLogger(__name__)
 
-MIN_CLASS = 15  # a source with fewer right or wrong answers gives no rows of its own
-
-RANKING: dict[str, Metric] = {
-    "auroc": metrics.auroc,
-    "auprc": metrics.auprc,
-    "recall_at_1_fpr": metrics.recall_at_fpr(0.01),
-    "recall_at_5_fpr": metrics.recall_at_fpr(0.05),
-    "recall_at_10_fpr": metrics.recall_at_fpr(0.10),
-}
-CALIBRATION: dict[str, Metric] = {
-    "ece": metrics.expected_calibration_error(),
-    "brier": metrics.brier,
-}
+SMOOTHED = 3  # neighbouring tokens
+STRATA = 3  # of answer length
+COVERAGES = (0.25, 0.5, 0.75)
+RANDOM = "random neurons, as many"
+COMBINED = "probe and log-probability, standardised sum"
 FLAGGED_KINDS = {
     Kind.PROSE: "tokens of ordinary long answers",
     Kind.WRONG: "tokens of wrong claims",
     Kind.RIGHT: "tokens of right claims",
     Kind.SCAFFOLD: "scaffold tokens of short answers",
 }
+
+Found = EvaluationRow | Curve
 
 
 class Evaluation(Record, frozen=True, kw_only=True):
@@ -70,174 +70,202 @@ class Evaluation(Record, frozen=True, kw_only=True):
 def evaluate(data: Dataset, result: FitResult) -> Evaluation:
     """Everything on part `test`; every source, those of part `transfer` too, on its own."""
     held_out = np.flatnonzero(np.isin(data.part, ("test", "transfer")))
-    detectors = {
-        name: _spread(scores, held_out, len(data.part))
-        for name, scores in token_detectors(data, result, held_out).items()
-    }
-    found: list[EvaluationRow | Curve] = [
-        *_tokens(data, result, detectors),
-        *_flagged_tokens(data, result, detectors["probe"]),
-    ]
-    answered = data.answered("test")
-    found += _responses(data, result, detectors, data.judged(answered))
-    found += _claims(data, detectors, answered, "claims, unseen relations and questions")
-    for source in sorted({answer.source for answer in data.answers}):
-        for part in ("test", "transfer"):
-            answers = data.answered(part, source=source)
-            wrong = data.hallucinated(answers)
-            if min(wrong.sum(), (~wrong).sum()) >= MIN_CLASS:
-                found += _claims(data, detectors, answers, f"claims, {source}, {part}")
+    logits = np.full((len(data.part), len(result.chosen.heads)), np.nan)
+    logits[held_out] = result.chosen.logits(data.features, held_out)  # nan: must not be asked for
+    everywhere = places(data)
+    scores = _answer_scores(data, result, logits, [place.answers for place in everywhere])
+    found: list[Found] = [*_folds(result)]
+    for place, score in zip(everywhere, scores, strict=True):
+        found += _answers(data, result, place, score)
+    found += _tokens(data, result)
+    found += _flagged_tokens(data, result, logits[:, 0])
+    found += _claims(data, logits[:, 0])
+    found += _responses(data, result, logits[:, result.response_head])
+    found += _poolings(data, result, logits)
     rows = tuple(row for row in found if isinstance(row, EvaluationRow))
     for row in rows:
-        log.info("%-44s %-28s %-18s %.3f", row.dataset, row.detector, row.metric, row.value)
+        log.info("%-52s %-32s %-18s %.3f", row.dataset, row.detector, row.metric, row.value)
     return Evaluation(
         rows=rows,
-        reliability=_reliability(data, result, detectors["probe"]),
+        reliability=_reliability(data, result, logits),
         curves=tuple(row for row in found if isinstance(row, Curve)),
     )
 
 
-def _tokens(
-    data: Dataset, result: FitResult, detectors: Mapping[str, Floats]
-) -> Iterator[EvaluationRow | Curve]:
+def _folds(result: FitResult) -> Iterator[EvaluationRow]:
+    """Cross-validation inside part `fit`, each budget: what the choice was made by."""
+    for trial in result.trials:
+        for name, value in trial.figures.items():
+            yield figure(
+                f"{name}, folds of the fit part", f"{trial.neurons} neurons", "auroc", value,
+                sum(result.examples.values()),
+            )  # fmt: skip
+
+
+def _answer_scores(
+    data: Dataset, result: FitResult, logits: Floats, sets: list[IntArray]
+) -> list[dict[str, Floats]]:
+    """For each set of answers: detector -> `[answers]`. Every rival is fitted once."""
+    every = np.unique(np.concatenate(sets))
+    probe = pooled(data, logits[:, result.response_head], every, result.pooling)
+    rivals = answer_detectors(data, every)
+    surprise = rivals["-logprob_sum"]
+    scores = {
+        "probe": probe,
+        COMBINED: probe / probe.std() + surprise / surprise.std(),
+        **rivals,
+        **{f"fitted on {name} alone": score for name, score in alone(data, result, every)},
+    }
+    draws = random_answer_neurons(data, result, every)
+    scores |= {f"{RANDOM} {i}": draw for i, draw in enumerate(draws)}
+    at = [np.searchsorted(every, one) for one in sets]
+    return [{name: score[where] for name, score in scores.items()} for where in at]
+
+
+def _answers(
+    data: Dataset, result: FitResult, place: Place, scores: Mapping[str, Floats]
+) -> Iterator[Found]:
+    """Whole answers of one place: ranking, length, and what is gained by staying silent."""
+    name, answers = f"answers, {place.name}", place.answers
+    wrong, units = data.hallucinated(answers), data.unit[data.first[answers]]
+    for detector, score in scores.items():
+        if not detector.startswith(RANDOM):
+            yield from ranked(name, detector, wrong, score, units)
+    draws = [score for detector, score in scores.items() if detector.startswith(RANDOM)]
+    yield from drawn(name, RANDOM, wrong, draws)
+    risk, length = scores["probe"], scores["length"]
+    alike = metrics.auroc_within(wrong, risk, [f"{value:.0f}" for value in length])
+    for metric, value in (
+        ("rank_correlation_with_length", metrics.rank_correlation(risk, length)),
+        ("auroc_at_equal_length", alike),
+    ):
+        if np.isfinite(value):
+            yield figure(name, "probe", metric, value, len(answers))
+    for i, stratum in enumerate(np.array_split(np.argsort(length, kind="stable"), STRATA)):
+        if 0 < wrong[stratum].sum() < len(stratum):
+            yield from table(
+                {"auroc": metrics.auroc},
+                f"{name}: {length[stratum[0]]:.0f} to {length[stratum[-1]]:.0f} tokens",
+                f"probe, length stratum {i + 1}",
+                wrong[stratum],
+                risk[stratum],
+                units[stratum],
+            )
+    selective = {f"accuracy_at_coverage_{c:g}": metrics.accuracy_at_coverage(c) for c in COVERAGES}
+    for detector in ("probe", "-logprob_sum", "-logprob_mean", "entropy_mean"):
+        yield from table(selective, name, detector, wrong, scores[detector], units)
+
+
+def _tokens(data: Dataset, result: FitResult) -> Iterator[Found]:
     """Single tokens: wrong claims against every other judged token, and against right claims."""
     kind = data.features.kind
+    rows = mixture(data, "test")
+    detectors = token_detectors(data, result, rows)
+    draws = random_neurons(data, result, rows)
+    smooth = _smoothed(data, result, rows)
     for dataset, kinds in (
-        ("tokens, wrong claims against all others", TOKEN_KINDS),
+        ("tokens, wrong claims against all others", JUDGED),
         ("tokens, wrong against right claims", (Kind.WRONG, Kind.RIGHT)),
+        ("tokens, wrong claims against ordinary long answers", (Kind.WRONG, Kind.PROSE)),
     ):
-        chosen = data.rows("test", *kinds)
-        for name, score in detectors.items():
-            wrong, units = kind[chosen] == Kind.WRONG, data.unit[chosen]
-            yield from _table(RANKING, dataset, name, wrong, score[chosen], units)
-            yield curve(dataset, name, wrong, score[chosen])
-    chosen = mixture(data, "test")
-    risk = calibrate(result.token, detectors["probe"][chosen])
-    yield from _table(
-        CALIBRATION, "token risk", "probe", kind[chosen] == Kind.WRONG, risk, data.unit[chosen]
-    )
+        chosen = np.isin(kind[rows], kinds)
+        wrong, units = kind[rows[chosen]] == Kind.WRONG, data.unit[rows[chosen]]
+        for name, score in {**detectors, f"probe, mean of {SMOOTHED} neighbours": smooth}.items():
+            yield from ranked(dataset, name, wrong, score[chosen], units)
+        yield from drawn(dataset, RANDOM, wrong, [draw[chosen] for draw in draws])
+    risk = calibrate(result.token, detectors["probe"])
+    wrong = kind[rows] == Kind.WRONG
+    yield from table(CALIBRATION, "token risk", "probe", wrong, risk, data.unit[rows])
+    yield from flagged(
+        "tokens that make no wrong claim", result.token_points, risk[~wrong],
+        data.unit[rows[~wrong]],
+    )  # fmt: skip
 
 
-def _flagged_tokens(data: Dataset, result: FitResult, logits: Floats) -> Iterator[EvaluationRow]:
-    """What each operating point flags of prose, of wrong and right claims, of their scaffold."""
+def _smoothed(data: Dataset, result: FitResult, rows: IntArray) -> Floats:
+    """Mean token logit over a small window inside the answer."""
+    answers = np.unique(data.features.answer[rows])
+    logits = np.full(len(data.part), np.nan)
+    for i in answers:
+        here = data.rows_of(i)
+        values = result.chosen.logits(data.features, here)[:, 0]
+        kernel = np.ones(SMOOTHED)
+        logits[here] = np.convolve(values, kernel, "same") / np.convolve(
+            np.ones(len(values)), kernel, "same"
+        )
+    return logits[rows]
+
+
+def _flagged_tokens(data: Dataset, result: FitResult, logits: Floats) -> Iterator[Found]:
+    """What each operating point flags of prose, of wrong and right claims, of their scaffold; and
+    of every kind of prose at the default threshold."""
     for kind, dataset in FLAGGED_KINDS.items():
         chosen = data.rows("test", kind)
         risk = calibrate(result.token, logits[chosen])
-        yield from _flagged(dataset, result.token_points, risk, data.unit[chosen])
-
-
-def _responses(
-    data: Dataset, result: FitResult, detectors: Mapping[str, Floats], answers: IntArray
-) -> Iterator[EvaluationRow | Curve]:
-    """Whole responses, wrong against right; and what of ordinary long answers is flagged."""
-    wrong, units = data.hallucinated(answers), data.unit[data.first[answers]]
-    pooling = result.settings.pooling
-
-    def pool(score: Floats, answers: IntArray) -> Floats:
-        return np.array([pooling.pool(score[data.rows_of(i)].tolist()) for i in answers])
-
-    scores = {
-        **{name: pool(score, answers) for name, score in detectors.items()},
-        **whole_statistics(data, answers),
-        "words of the question": question_words(data, answers),
-    }
-    dataset = "responses, unseen relations and questions"
-    for name, score in scores.items():
-        yield from _ranked(dataset, name, wrong, score, units)
-    risk = calibrate(result.response, scores["probe"])
-    for name, of in (("wrong", wrong), ("right", ~wrong)):
-        yield from _flagged(f"{name} responses", result.response_points, risk[of], units[of])
+        yield from flagged(dataset, result.token_points, risk, data.unit[chosen])
+    default = [p for p in result.token_points if p.name == result.settings.token_default]
     long = data.ordinary("test")
-    risk = calibrate(result.response, pool(detectors["probe"], long))
-    units = data.unit[data.first[long]]
-    yield from _flagged("ordinary long responses", result.response_points, risk, units)
-    mixed, wrong = response_mixture(data, "test")
-    risk = calibrate(result.response, pool(detectors["probe"], mixed))
-    units = data.unit[data.first[mixed]]
-    yield from _table(CALIBRATION, "response risk", "probe", wrong, risk, units)
+    group = np.array([data.answers[i].group for i in long])
+    for name in sorted(set(group.tolist())):
+        chosen = np.concatenate([data.rows_of(i) for i in long[group == name]])
+        risk = calibrate(result.token, logits[chosen])
+        yield from flagged(f"tokens of ordinary long answers: {name}", default, risk,
+                           data.unit[chosen])  # fmt: skip
 
 
-def _claims(
-    data: Dataset, detectors: Mapping[str, Floats], answers: IntArray, dataset: str
-) -> Iterator[EvaluationRow | Curve]:
-    """Mean token score over the known claim, wrong against right: how well a span is ranked."""
+def _claims(data: Dataset, logits: Floats) -> Iterator[Found]:
+    """Mean token logit over the known claim, wrong against right: how well a span is ranked."""
+    answers = data.located(data.even(data.answered("test")))
     wrong, units = data.hallucinated(answers), data.unit[data.first[answers]]
-    claims = [data.claim_rows(i) for i in answers]
     scores = {
-        **{n: np.array([score[rows].mean() for rows in claims]) for n, score in detectors.items()},
-        **whole_statistics(data, answers),
-        "words of the question": question_words(data, answers),
+        "probe": claim_means(data, logits, answers),
+        "-logprob": claim_means(data, -data.features.logprob.astype(np.float64), answers),
+        "entropy": claim_means(data, data.features.entropy.astype(np.float64), answers),
     }
     for name, score in scores.items():
-        yield from _ranked(dataset, name, wrong, score, units)
+        yield from ranked("claims, unseen relations and questions", name, wrong, score, units)
+
+
+def _responses(data: Dataset, result: FitResult, logits: Floats) -> Iterator[Found]:
+    """What the operating points of responses flag, and whether their risks hold."""
+    answers, wrong = response_mixture(data, "test")
+    risk = calibrate(result.response, pooled(data, logits, answers, result.pooling))
+    units = data.unit[data.first[answers]]
+    long = np.arange(len(answers)) >= len(answers) - len(data.ordinary("test"))
+    for name, of in (
+        ("wrong responses", wrong),
+        ("right responses", ~wrong & ~long),
+        ("ordinary long responses", long),
+        ("responses that are not wrong", ~wrong),
+    ):
+        yield from flagged(name, result.response_points, risk[of], units[of])
+    yield from table(CALIBRATION, "response risk", "probe", wrong, risk, units)
+
+
+def _poolings(data: Dataset, result: FitResult, logits: Floats) -> Iterator[Found]:
+    """Every pooling of every head; which one is served was chosen on the fit part."""
+    answers, wrong = response_mixture(data, "test")
+    units = data.unit[data.first[answers]]
+    short = np.arange(len(answers)) < len(answers) - len(data.ordinary("test"))
+    for pooling in POOLINGS:
+        for head, name in enumerate(result.chosen.heads):
+            score = pooled(data, logits[:, head], answers, pooling)
+            detector = f"{name} head, {pooling.kind} {pooling.window}"
+            for dataset, of in (
+                ("pooling, short answers", short),
+                ("pooling, short and ordinary long answers", np.ones(len(short), dtype=np.bool_)),
+            ):
+                yield from table(
+                    {"auroc": metrics.auroc}, dataset, detector, wrong[of], score[of], units[of]
+                )
 
 
 def _reliability(data: Dataset, result: FitResult, logits: Floats) -> tuple[ReliabilityBin, ...]:
     rows = mixture(data, "test")
     answers, wrong = response_mixture(data, "test")
-    pooling = result.settings.pooling
-    pooled = np.array([pooling.pool(logits[data.rows_of(i)].tolist()) for i in answers])
-    token, response = calibrate(result.token, logits[rows]), calibrate(result.response, pooled)
+    score = pooled(data, logits[:, result.response_head], answers, result.pooling)
+    token, response = calibrate(result.token, logits[rows, 0]), calibrate(result.response, score)
     return (
         *metrics.reliability_bins("token", token, data.features.kind[rows] == Kind.WRONG),
         *metrics.reliability_bins("response", response, wrong),
     )
-
-
-def _ranked(
-    dataset: str, detector: str, wrong: Bools, score: Floats, units: NDArray[np.str_]
-) -> Iterator[EvaluationRow | Curve]:
-    yield from _table(RANKING, dataset, detector, wrong, score, units)
-    yield curve(dataset, detector, wrong, score)
-    within = metrics.auroc_within(wrong, score, units.tolist())
-    if np.isfinite(within):  # undefined where each question is a unit of its own
-        yield EvaluationRow(
-            dataset=dataset,
-            detector=detector,
-            metric="auroc_within_units",
-            value=within,
-            n=len(wrong),
-        )
-
-
-def _flagged(
-    dataset: str,
-    points: tuple[OperatingPoint, ...],
-    risk: Floats,
-    units: NDArray[np.str_],
-) -> Iterator[EvaluationRow]:
-    """Share of the items that each operating point flags."""
-    every = np.ones(len(risk), dtype=np.bool_)
-    for point in points if len(risk) else ():
-        flagged = (risk >= point.threshold).astype(np.float64)
-        share: dict[str, Metric] = {f"flagged_at_{point.name}": metrics.mean_of_positives}
-        yield from _table(share, dataset, "probe", every, flagged, units)
-
-
-def _table(
-    wanted: Mapping[str, Metric],
-    dataset: str,
-    detector: str,
-    positive: Bools,
-    score: Floats,
-    units: NDArray[np.str_],
-) -> Iterator[EvaluationRow]:
-    """One row per metric, each with its interval."""
-    for name, metric in wanted.items():
-        figure = metrics.with_interval(metric, positive, score, units.tolist())
-        yield EvaluationRow(
-            dataset=dataset,
-            detector=detector,
-            metric=name,
-            value=figure.value,
-            low=figure.low,
-            high=figure.high,
-            n=figure.n,
-        )
-
-
-def _spread(values: Floats, rows: IntArray, size: int) -> Floats:
-    """`values` at `rows`, nan elsewhere: a row that was not read cannot pass for a low score."""
-    spread = np.full(size, np.nan)
-    spread[rows] = values
-    return spread

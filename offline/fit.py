@@ -1,9 +1,10 @@
 """Verb `fit`: from features to a sparse, calibrated probe.
 
-Standardise, fit an L1 logistic path over strengths, fold the scaler, choose the strength on units
-that were not fitted on, calibrate there, set thresholds there. One head, fitted on single tokens:
-positive are the claims of wrong answers; negative the claims of right ones, the scaffold of both
-and ordinary prose (docs/decisions/one-head-fitted-on-tokens.md).
+Two heads over one set of neurons: `token`, fitted on single tokens, tints text; `answer`, fitted on
+means over whole short answers, ranks responses. Budget and penalties are chosen by cross-validation
+over relations and questions inside the part `fit`; the logits of the held-out folds choose pooling
+and calibration and set the thresholds. The part `test` is not looked at here. Why so:
+docs/decisions/two-heads.md.
 """
 
 from __future__ import annotations
@@ -11,63 +12,68 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
 import msgspec
 import numpy as np
 
-from offline.calibrate import operating_points, platt
+from offline.calibrate import choose_calibration
 from offline.dataset import Dataset
+from offline.examples import Examples, answer_examples, claim_examples, sample, token_examples
 from offline.extract import FeaturesHeader, Kind
-from offline.features import Features, IntArray
-from offline.l1_path import Solver, l1_path, standardise
+from offline.features import IntArray
+from offline.heads import HeadSettings, Weights, join, train, train_as_the_paper
 from offline.metrics import Bools, Floats, rank
 from offline.records import Record, RecordError, read_bytes, write_atomic
-from offline.splits import Part
-from probes.calibration import Calibration, OperatingPoint
-from probes.probe import fold_scaler
+from offline.splits import SPLIT_SEED, Part, folds
+from probes.calibration import Calibration, OperatingPoint, calibrate, choose_operating_points
 from probes.spans import Pooling
 
 log = logging.getLogger(__name__)
 
-TOKEN_KINDS = (Kind.WRONG, Kind.RIGHT, Kind.SCAFFOLD, Kind.PROSE)  # all that somebody has judged
-# Standard deviation of the logits over the tokens that were fitted on. The scale of a logit is
-# free, since the calibration absorbs it; this one keeps what bfloat16 kernels and batch shapes
-# disagree about (up to 3.5 % of the spread, measured) inside the known-answer test's 0.03.
-LOGIT_SPREAD = 0.5
-TIE = 0.002  # of two candidates that differ by less the sparser one is taken
+Design = Literal["tokens", "1-vs-1", "3-vs-1"]
+
+TOKEN, ANSWER = "token", "answer"
+JUDGED = (Kind.WRONG, Kind.RIGHT, Kind.SCAFFOLD, Kind.PROSE)  # all tokens that somebody has judged
+POOLINGS = (
+    *(Pooling("max_window", width) for width in (2, 4, 8, 16, 24, 32)),
+    Pooling("max"),
+    Pooling("first"),
+    Pooling("last"),
+)
 
 
 class FitSettings(Record, frozen=True, kw_only=True):
     """What decides a fit besides the data; recorded in the card."""
 
-    seed: int = 0
+    seed: int = SPLIT_SEED  # of the split, the folds and what is drawn
     transfer: tuple[str, ...] = ()  # sources that are only evaluated on
-    solver: Solver = "skglm"
-    max_neurons: int = 350
-    strengths: tuple[float, ...] = (0.3, 0.2, 0.14, 0.1, 0.085, 0.07, 0.06, 0.05)  # of the largest
+    max_neurons: int = 300  # of all heads together
+    budgets: tuple[float, ...] = (0.25, 0.5, 1.0)  # shares of `max_neurons` that are tried
+    folds: int = 5
+    heads: HeadSettings = HeadSettings()
     right_per_wrong: float = 1.4  # weight of the tokens of right claims, by repetition
     scaffold_per_wrong: float = 2.0  # tokens of the scaffold, at most, per token of a wrong claim
     prose_per_wrong: float = 3.0
+    window: int = 24  # tokens of prose that are an example of a faithful response
+    windows_per_wrong: float = 0.2
+    design: Design = "tokens"  # the others are the paper's: means over claims, one head, no choice
+    c: float = 1.0  # of the paper's designs
     token_default: str = "fpr_1"
     response_default: str = "fpr_10"
-    pooling: Pooling = Pooling("max_window", 2)
 
 
-class Candidate(Record, frozen=True, kw_only=True):
-    """One point of the path, scaler folded in, with how it does on units it was not fitted on."""
+class Trial(Record, frozen=True, kw_only=True):
+    """One budget, judged on folds that it was not fitted on."""
 
-    strength: float
-    columns: tuple[int, ...]  # of `Features.cett`
-    weight: tuple[float, ...]  # [columns]
-    bias: float
-    auroc: float  # mean token logit of the claim, wrong against right answers
-    token_auroc: float  # claim tokens of wrong answers against all other tokens
+    neurons: int  # of the largest fold
+    penalty: dict[str, float]  # head -> its best L2 penalty at this budget
+    figures: dict[str, float]  # see `_figures`; means over the folds
+    folds: tuple[float, ...]  # mean of the figures in each fold
 
-    def logits(self, features: Features, rows: IntArray) -> Floats:
-        """`[rows]` float64: the probe as it will be served, on stored features."""
-        values = features.cett(rows, np.array(self.columns)).astype(np.float64)
-        logits: Floats = values @ np.array(self.weight) + self.bias
-        return logits
+    @property
+    def merit(self) -> float:
+        return float(np.mean(self.folds))
 
 
 class FitResult(Record, frozen=True, kw_only=True):
@@ -75,13 +81,22 @@ class FitResult(Record, frozen=True, kw_only=True):
 
     settings: FitSettings
     features: FeaturesHeader
-    chosen: Candidate
-    path: tuple[Candidate, ...]
-    fitted_tokens: dict[str, int]  # kind -> how many tokens of it were fitted on
+    chosen: Weights
+    penalty: dict[str, float]  # head -> L2
+    trials: tuple[Trial, ...]
+    examples: dict[str, int]  # kind of example -> how many were fitted on
+    pooling: Pooling
+    poolings: dict[str, float]  # each one's held-out AUROC over whole responses
+    calibrations: dict[str, dict[str, float]]  # level -> method -> held-out Brier score
     token: Calibration
     token_points: tuple[OperatingPoint, ...]
     response: Calibration
     response_points: tuple[OperatingPoint, ...]
+
+    @property
+    def response_head(self) -> int:
+        """Index of the head that ranks whole responses."""
+        return len(self.chosen.heads) - 1
 
     @classmethod
     def load(cls, path: Path) -> FitResult:
@@ -92,141 +107,244 @@ class FitResult(Record, frozen=True, kw_only=True):
 
 
 def fit(data: Dataset, settings: FitSettings) -> FitResult:
-    """Fit on part `fit`; choose, calibrate and set thresholds on part `calibrate`."""
-    rows = choose_rows(data, settings)
-    kinds = data.features.kind[rows]
-    x = data.features.cett(rows)
-    mean, scale = standardise(x)
-    log.info("fitting on %d tokens of %d neurons", *x.shape)
-    path: list[Candidate] = []
-    for strength, weight, bias in l1_path(
-        x, kinds == Kind.WRONG, settings.strengths, solver=settings.solver
-    ):
-        columns = np.flatnonzero(weight)
-        log.info("strength %.3f: %d neurons", strength, len(columns))
-        if len(columns) > settings.max_neurons:
-            break
-        folded, folded_bias = fold_scaler(
-            weight[columns, None],
-            np.array([bias]),
-            mean=mean[columns].astype(np.float64),
-            scale=scale[columns].astype(np.float64),
-        )
-        if len(columns):
-            unit = LOGIT_SPREAD / float((x[:, columns] @ weight[columns]).std())
-            folded, folded_bias = unit * folded, unit * folded_bias
-            path.append(_candidate(data, strength, columns, folded[:, 0], float(folded_bias[0])))
-    chosen = choose(path)
-    token, token_points = _token_rule(data, chosen)
-    response, response_points = _response_rule(data, chosen, settings.pooling)
-    return FitResult(
-        settings=settings,
-        features=data.features.header,
-        chosen=chosen,
-        path=tuple(path),
-        fitted_tokens={kind.name.lower(): int((kinds == kind).sum()) for kind in TOKEN_KINDS},
-        token=token,
-        token_points=token_points,
-        response=response,
-        response_points=response_points,
+    """Everything on part `fit`: its folds choose, and their held-out logits calibrate."""
+    examples = make_examples(data, settings)
+    home = _fold_of_units(data, settings)
+    rows = np.flatnonzero(data.part == "fit")
+    fold = np.array([home[unit] for unit in data.unit[rows]])
+    budgets = [round(share * settings.max_neurons) for share in settings.budgets]
+    drafts: list[list[list[Weights]]] = []  # [folds][budgets][penalties]
+    held_out: Floats | None = None  # [rows, budgets, penalties, heads]
+    for number in range(settings.folds):
+        kept = {
+            head: np.array([home[unit] != number for unit in one.unit])
+            for head, one in examples.items()
+        }
+        drafts.append(train_design(examples, kept, budgets, settings))
+        read = _read_all(data, rows[fold == number], drafts[-1])
+        if held_out is None:
+            held_out = np.empty((len(rows), *read.shape[1:]))
+        held_out[fold == number] = read
+        log.info("fold %d of %d is fitted", number + 1, settings.folds)
+    assert held_out is not None
+    trials, logits = _judge(data, settings, tuple(examples), rows, fold, held_out, drafts)
+    best = choose(trials)
+    every = {head: np.ones(len(one.unit), dtype=np.bool_) for head, one in examples.items()}
+    final = train_design(examples, every, budgets[best : best + 1], settings)[0]
+    penalties = [settings.heads.penalties.index(p) for p in trials[best].penalty.values()]
+    chosen = join([final[p].head(h) for h, p in enumerate(penalties)])
+    held = _spread(logits[best], rows, data)
+    return _calibrated(data, settings, chosen, trials[best].penalty, trials, examples, held)
+
+
+def parse_design(text: str) -> Design:
+    """RecordError for an unknown design."""
+    for known in get_args(Design):
+        if text == known:
+            design: Design = known
+            return design
+    raise RecordError(f"design {text!r} is not one of {', '.join(get_args(Design))}")
+
+
+def make_examples(data: Dataset, settings: FitSettings) -> dict[str, Examples]:
+    """Head -> what it is fitted on."""
+    if settings.design == "tokens":
+        return {TOKEN: token_examples(data, settings), ANSWER: answer_examples(data, settings)}
+    return {TOKEN: claim_examples(data, around=settings.design == "3-vs-1")}
+
+
+def train_design(
+    examples: dict[str, Examples],
+    kept: dict[str, Bools],
+    budgets: Sequence[int],
+    settings: FitSettings,
+) -> list[list[Weights]]:
+    """`[budgets][penalties]` of the settings' design; the paper's knows neither."""
+    if settings.design == "tokens":
+        return train(examples, kept, budgets, settings.heads)
+    one = train_as_the_paper(examples[TOKEN], kept[TOKEN], TOKEN, c=settings.c)
+    return [[one] * len(settings.heads.penalties)] * len(budgets)
+
+
+def choose(trials: Sequence[Trial]) -> int:
+    """The sparsest that is within one standard error of the best (Breiman et al. 1984).
+
+    The error is that of the difference, fold by fold: some folds are hard for every budget.
+    """
+    best = max(trials, key=lambda trial: trial.merit)
+
+    def near(trial: Trial) -> bool:
+        lost = np.array(best.folds) - np.array(trial.folds)
+        return bool(lost.mean() <= lost.std(ddof=1) / np.sqrt(len(lost)))
+
+    return min(
+        (i for i, trial in enumerate(trials) if trial is best or near(trial)),
+        key=lambda i: trials[i].neurons,
     )
-
-
-def choose_rows(data: Dataset, settings: FitSettings) -> IntArray:
-    """Rows to fit on: every claim, and a sample of scaffold and prose in proportion to the wrong
-    ones. Right claims are few and the hardest to tell from wrong ones, so they are repeated."""
-    wrong, right = data.rows("fit", Kind.WRONG), data.rows("fit", Kind.RIGHT)
-    if not len(wrong) or not len(right):
-        raise RecordError(
-            f"{len(wrong)} tokens of wrong claims and {len(right)} of right ones to fit on: both "
-            f"are needed; ask more questions, or others (see the counts of `label`)"
-        )
-    repeats = max(1, round(settings.right_per_wrong * len(wrong) / len(right)))
-    sampled = (
-        sample(data.rows("fit", kind), round(share * len(wrong)), seed=settings.seed)
-        for kind, share in (
-            (Kind.SCAFFOLD, settings.scaffold_per_wrong),
-            (Kind.PROSE, settings.prose_per_wrong),
-        )
-    )
-    return np.sort(np.concatenate([wrong, np.repeat(right, repeats), *sampled]))
-
-
-def sample(rows: IntArray, most: int, *, seed: int) -> IntArray:
-    """At most `most` of `rows`, drawn without replacement."""
-    return np.random.default_rng(seed).permutation(rows)[:most]
-
-
-def choose(path: Sequence[Candidate]) -> Candidate:
-    """The best mean of both figures on held-out units; among equals the sparsest."""
-    if not path:
-        raise RecordError("no strength gave a probe within the neuron budget: raise max_neurons")
-    merits = [(candidate.auroc + candidate.token_auroc) / 2 for candidate in path]
-    return next(c for c, merit in zip(path, merits, strict=True) if merit >= max(merits) - TIE)
 
 
 def mixture(data: Dataset, part: Part, *, seed: int = 0) -> IntArray:
     """Rows of a part on which token risks are calibrated and judged: every judged token of the
     short answers (right and wrong alike many) and as many tokens of ordinary prose."""
-    short = data.rows(part, Kind.WRONG, Kind.RIGHT, Kind.SCAFFOLD)
+    short = data.even_rows(part, Kind.WRONG, Kind.RIGHT, Kind.SCAFFOLD)
     return np.sort(
         np.concatenate([short, sample(data.rows(part, Kind.PROSE), len(short), seed=seed)])
     )
 
 
 def response_mixture(data: Dataset, part: Part) -> tuple[IntArray, Bools]:
-    """`(answers, hallucinated)` on which response risks are calibrated and judged: short answers
-    that are judged to the end, and ordinary long answers, which claim nothing false. Without these
-    a response's risk would only measure its length."""
-    short, long = data.judged(data.answered(part)), data.ordinary(part)
+    """`(answers, hallucinated)` on which response risks are calibrated and judged: short answers,
+    right and wrong alike many, and ordinary long ones, which claim nothing false. Without these a
+    response's risk would only measure its length."""
+    short, long = data.even(data.answered(part)), data.ordinary(part)
     wrong = np.concatenate([data.hallucinated(short), np.zeros(len(long), dtype=np.bool_)])
     return np.concatenate([short, long]), wrong
 
 
-def pooled(data: Dataset, candidate: Candidate, answers: IntArray, pooling: Pooling) -> Floats:
+def pooled(data: Dataset, logits: Floats, answers: IntArray, pooling: Pooling) -> Floats:
     """`[answers]` logits of whole responses, pooled over all their tokens as the server does."""
-    rows = np.concatenate([data.rows_of(i) for i in answers])
-    logits = candidate.logits(data.features, rows)
-    ends = np.cumsum([data.first[i + 1] - data.first[i] for i in answers])
-    return np.array([pooling.pool(part.tolist()) for part in np.split(logits, ends[:-1])])
+    return np.array([pooling.pool(logits[data.rows_of(i)].tolist()) for i in answers])
 
 
-def _candidate(
-    data: Dataset, strength: float, columns: IntArray, weight: Floats, bias: float
-) -> Candidate:
-    draft = Candidate(
-        strength=strength,
-        columns=tuple(columns.tolist()),
-        weight=tuple(weight.tolist()),
-        bias=bias,
-        auroc=0.0,
-        token_auroc=0.0,
+def claim_means(data: Dataset, logits: Floats, answers: IntArray) -> Floats:
+    """`[answers]`: mean over the tokens of each answer's claim."""
+    return np.array([logits[data.claim_rows(i)].mean() for i in answers])
+
+
+def _fold_of_units(data: Dataset, settings: FitSettings) -> dict[str, int]:
+    """Unit -> fold, of the units of part `fit`; alike in answers."""
+    first = data.first[:-1]
+    units = data.unit[first][data.part[first] == "fit"].tolist()
+    return dict(zip(units, folds(units, settings.folds, seed=settings.seed), strict=True))
+
+
+def _read_all(data: Dataset, rows: IntArray, drafts: Sequence[Sequence[Weights]]) -> Floats:
+    """`[rows, budgets, penalties, heads]` logits; the features are read once for all of them."""
+    columns = np.unique([column for draft in drafts for column in draft[0].columns])
+    values = data.features.cett(rows, columns)
+    return np.stack(
+        [
+            np.stack([w.read(values[:, np.searchsorted(columns, w.columns)]) for w in draft], 1)
+            for draft in drafts
+        ],
+        axis=1,
     )
-    rows = data.rows("calibrate", *TOKEN_KINDS)
-    logit = np.full(len(data.part), np.nan)
-    logit[rows] = draft.logits(data.features, rows)
-    answered = data.answered("calibrate")
-    means = np.array([logit[data.claim_rows(i)].mean() for i in answered])
-    return msgspec.structs.replace(
-        draft,
-        auroc=rank(data.hallucinated(answered), means),
-        token_auroc=rank(data.features.kind[rows] == Kind.WRONG, logit[rows]),
+
+
+def _judge(
+    data: Dataset,
+    settings: FitSettings,
+    heads: Sequence[str],
+    rows: IntArray,
+    fold: IntArray,
+    held_out: Floats,
+    drafts: Sequence[Sequence[Sequence[Weights]]],
+) -> tuple[list[Trial], list[Floats]]:
+    """Each budget with the best penalty of each head; and its held-out logits `[rows, heads]`."""
+    trials: list[Trial] = []
+    logits: list[Floats] = []
+    for b in range(held_out.shape[1]):
+        best: list[int] = []
+        figures: dict[str, Floats] = {}
+        for h, head in enumerate(heads):
+            found = [
+                _figures(data, _spread(held_out[:, b, p, h], rows, data), rows, fold, head)
+                for p in range(held_out.shape[2])
+            ]
+            best.append(int(np.argmax([np.mean(list(one.values())) for one in found])))
+            figures |= found[best[-1]]
+        merit = np.mean(list(figures.values()), axis=0)  # [folds]
+        trials.append(
+            Trial(
+                neurons=max(len(draft[b][0].columns) for draft in drafts),
+                penalty={h: settings.heads.penalties[p] for h, p in zip(heads, best, strict=True)},
+                figures={name: float(values.mean()) for name, values in figures.items()},
+                folds=tuple(merit.tolist()),
+            )
+        )
+        logits.append(np.stack([held_out[:, b, p, h] for h, p in enumerate(best)], axis=1))
+        log.info("%s", trials[-1])
+    return trials, logits
+
+
+def _figures(
+    data: Dataset, logits: Floats, rows: IntArray, fold: IntArray, head: str
+) -> dict[str, Floats]:
+    """What a head is judged by, `[folds]` AUROCs each.
+
+    token   claim tokens of wrong answers against all other judged ones; claims' means, wrong
+            against right
+    answer  means over whole answers, wrong against right
+    """
+    home = np.full(len(data.part), -1)
+    home[rows] = fold
+    found: dict[str, list[float]] = {}
+    answered = data.answered("fit")
+    judged = data.rows("fit", *JUDGED)
+    for number in range(int(fold.max()) + 1):
+        here = answered[home[data.first[answered]] == number]
+        if head == ANSWER:
+            mean = pooled(data, logits, here, Pooling("mean"))
+            found.setdefault("answers", []).append(rank(data.hallucinated(here), mean))
+        else:
+            tokens = judged[home[judged] == number]
+            wrong = data.features.kind[tokens] == Kind.WRONG
+            found.setdefault("tokens", []).append(rank(wrong, logits[tokens]))
+            here = data.located(here)
+            means = claim_means(data, logits, here)
+            found.setdefault("claims", []).append(rank(data.hallucinated(here), means))
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def _calibrated(
+    data: Dataset,
+    settings: FitSettings,
+    chosen: Weights,
+    penalty: dict[str, float],
+    trials: Sequence[Trial],
+    examples: dict[str, Examples],
+    logits: Floats,
+) -> FitResult:
+    """The result, with what the held-out `logits [all rows, heads]` decide."""
+    rows = mixture(data, "fit")
+    wrong = data.features.kind[rows] == Kind.WRONG
+    token, token_scores = choose_calibration(
+        logits[rows, 0], wrong, data.unit[rows].tolist(), seed=settings.seed
+    )
+    risk = calibrate(token, logits[rows, 0])
+    token_points = choose_operating_points(risk[~wrong], risk[wrong])
+    answers, wrong = response_mixture(data, "fit")
+    scores = {p: pooled(data, logits[:, -1], answers, p) for p in POOLINGS}
+    ranks = {p: rank(wrong, score) for p, score in scores.items()}
+    pooling = max(ranks, key=lambda p: ranks[p])
+    units = data.unit[data.first[answers]].tolist()
+    response, response_scores = choose_calibration(
+        scores[pooling], wrong, units, seed=settings.seed
+    )
+    risk = calibrate(response, scores[pooling])
+    return FitResult(
+        settings=settings,
+        features=data.features.header,
+        chosen=chosen,
+        penalty=penalty,
+        trials=tuple(trials),
+        examples={
+            f"{head}, {name}": int(one.weight[one.positive == side].sum())
+            for head, one in examples.items()
+            for name, side in (("wrong", True), ("other", False))
+        },
+        pooling=pooling,
+        poolings={f"{p.kind} {p.window}": ranks[p] for p in POOLINGS},
+        calibrations={"token": token_scores, "response": response_scores},
+        token=token,
+        token_points=token_points,
+        response=response,
+        response_points=choose_operating_points(risk[~wrong], risk[wrong]),
     )
 
 
-def _token_rule(
-    data: Dataset, candidate: Candidate
-) -> tuple[Calibration, tuple[OperatingPoint, ...]]:
-    rows = mixture(data, "calibrate")
-    logits, wrong = candidate.logits(data.features, rows), data.features.kind[rows] == Kind.WRONG
-    calibration = platt(logits, wrong)
-    return calibration, operating_points(calibration, logits, wrong)
-
-
-def _response_rule(
-    data: Dataset, candidate: Candidate, pooling: Pooling
-) -> tuple[Calibration, tuple[OperatingPoint, ...]]:
-    answers, wrong = response_mixture(data, "calibrate")
-    logits = pooled(data, candidate, answers, pooling)
-    calibration = platt(logits, wrong)
-    return calibration, operating_points(calibration, logits, wrong)
+def _spread(logits: Floats, rows: IntArray, data: Dataset) -> Floats:
+    """`logits` at `rows`, nan elsewhere: a row that was not read cannot pass for a low one."""
+    spread = np.full((len(data.part), *logits.shape[1:]), np.nan)
+    spread[rows] = logits
+    return spread

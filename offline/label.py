@@ -18,7 +18,7 @@ import msgspec
 from offline import answer_spans
 from offline.answer_spans import CharSpan, Located
 from offline.ask_model import Asked, LanguageModelJudge, claims
-from offline.choice import apply_agreement, balance
+from offline.choice import WRONG_PER_RIGHT, apply_agreement, balance
 from offline.judge import RULES, Case, Judge, Judgement, RuleJudge, usable_aliases
 from offline.judge_by_inference import InferenceJudge
 from offline.records import (
@@ -30,6 +30,7 @@ from offline.records import (
     sha256,
     write_records,
 )
+from offline.splits import SPLIT_SEED, assign
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,8 +54,12 @@ class LabelSettings:
     judge_model: str | None = None  # as `judge_url` names it; for `nli` a hub id or folder
     in_flight: int = 32
     agree: int = 1  # so many samples of a question must be right, or wrong, for it to count
-    wrong_per_right: float = 1.5  # so many wrong answers are kept per right one; 0 keeps all
+    wrong_per_right: float = (
+        WRONG_PER_RIGHT  # so many wrong answers are kept per right one; 0 keeps all
+    )
     right_per_wrong: float = 0.0
+    split_seed: int = SPLIT_SEED  # see `spare`
+    transfer: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, value, known in (("judge", self.judge, JUDGES), ("spans", self.spans, SPANS)):
@@ -106,12 +111,13 @@ def label_answers(
         label_one(a, tokenizer.tokenizer, judged.get(a.id), located.get(a.id)) for a in answers
     ]
     labels = apply_agreement(answers, labels, settings.agree)
-    labels = balance(
+    balanced = balance(
         answers,
         labels,
         wrong_per_right=settings.wrong_per_right,
         right_per_wrong=settings.right_per_wrong,
     )
+    labels = spare(answers, labels, balanced, settings)
     said = {
         "answers_sha256": sha256(answers_path),
         "judge": judge.name,
@@ -119,6 +125,8 @@ def label_answers(
         "agree": str(settings.agree),
         "wrong_per_right": str(settings.wrong_per_right),
         "right_per_wrong": str(settings.right_per_wrong),
+        "split_seed": str(settings.split_seed),
+        "transfer": ",".join(settings.transfer),
     }
     write_records(
         labels_path, msgspec.structs.replace(header, kind="labels", settings=said), labels
@@ -126,7 +134,22 @@ def label_answers(
     return _funnel(labels, labels_path)
 
 
-def label_settings(paper: bool, **given: str | float | None) -> LabelSettings:
+def spare(
+    answers: Sequence[Answer],
+    before: Sequence[Label],
+    balanced: Sequence[Label],
+    settings: LabelSettings,
+) -> list[Label]:
+    """Balanced where a probe is fitted; all that was asked where it is judged, since people do not
+    ask in balance either."""
+    _, parts = assign(answers, transfer=frozenset(settings.transfer), seed=settings.split_seed)
+    return [
+        after if parts[answer.id] == "fit" else label
+        for answer, label, after in zip(answers, before, balanced, strict=True)
+    ]
+
+
+def label_settings(paper: bool, **given: str | float | tuple[str, ...] | None) -> LabelSettings:
     """The paper's rule or this project's, with what is `given` put in its place."""
     said = {key: value for key, value in given.items() if value is not None}
     return replace(PAPER if paper else LabelSettings(), **said)  # type: ignore[arg-type]

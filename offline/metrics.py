@@ -20,7 +20,7 @@ Ints: TypeAlias = NDArray[np.int64]
 # (positive, score, weight) -> figure; rows come sorted by ascending score
 Metric: TypeAlias = Callable[[Bools, Floats, Floats], float]
 
-RESAMPLES = 1000
+RESAMPLES = 500
 
 
 class Figure(NamedTuple):
@@ -152,6 +152,30 @@ def reliability_bins(
         for part in np.array_split(np.argsort(risk, kind="stable"), bins)
         if len(part)
     )
+
+
+def rank_correlation(first: Floats, second: Floats) -> float:
+    """Spearman's: correlation of the ranks, ties by their mean rank. nan when one is constant."""
+    if not (np.ptp(first) and np.ptp(second)):
+        return float("nan")
+    return float(np.corrcoef(_mean_ranks(first), _mean_ranks(second))[0, 1])
+
+
+def accuracy_at_coverage(coverage: float) -> Metric:
+    """Share of faithful rows among the `coverage` of rows with the lowest score."""
+
+    def metric(positive: Bools, score: Floats, weight: Floats) -> float:
+        mass = np.cumsum(weight)
+        kept = weight * (mass <= coverage * mass[-1])
+        return float((kept * ~positive).sum() / kept.sum()) if kept.sum() else float("nan")
+
+    return metric
+
+
+def _mean_ranks(values: Floats) -> Floats:
+    _, of_value, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: Floats = (np.cumsum(counts) - (counts - 1) / 2)[of_value]
+    return ranks
 
 
 def _tie_starts(score: Floats) -> Ints:

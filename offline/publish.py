@@ -22,7 +22,7 @@ from offline.card import NOT_GOOD_FOR, readme
 from offline.dataset import Dataset
 from offline.evaluate import Evaluation
 from offline.extract import Kind
-from offline.fit import FitResult, mixture, response_mixture
+from offline.fit import TOKEN, FitResult, mixture, response_mixture
 from offline.hub import front_matter
 from offline.models import LoadedModel
 from offline.records import (
@@ -33,7 +33,7 @@ from offline.records import (
     sha256,
     versions,
 )
-from offline.splits import SHARES
+from offline.splits import TEST_SHARE
 from probes import known_answer
 from probes.card import SCHEMA_VERSION, ProbeCard, ResponseRule, TokenRule
 from probes.cett import FORMULA_VERSION
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-HEAD = "token"
 KNOWN_ANSWERS = 3
 
 
@@ -73,9 +72,9 @@ def publish(
         formula_version=FORMULA_VERSION,
         name=name,
         position=result.features.position,
-        heads=(HEAD,),
+        heads=result.chosen.heads,
         token=TokenRule(
-            head=HEAD,
+            head=TOKEN,
             calibration=result.token,
             operating_points=result.token_points,
             default=result.settings.token_default,
@@ -84,8 +83,8 @@ def publish(
             ),
         ),
         response=ResponseRule(
-            head=HEAD,
-            pooling=result.settings.pooling,
+            head=result.chosen.heads[result.response_head],
+            pooling=result.pooling,
             calibration=result.response,
             operating_points=result.response_points,
             default=result.settings.response_default,
@@ -139,29 +138,29 @@ def training_facts(
         f"top_p {sampling['top_p']}, top_k {sampling['top_k']}",
         "judge": f"{labels.settings['judge']}; {labels.settings['agree']} sample(s) agree; at most "
         f"{labels.settings['wrong_per_right']} wrong answers per right one of a group",
-        "fitted on": "tokens of wrong claims against those of right claims, of the sentence around "
-        "both, and of ordinary long answers: "
-        + ", ".join(f"{n} {kind}" for kind, n in result.fitted_tokens.items()),
-        "split": "by relation where a source has ten or more, else by question: "
-        + ", ".join(f"{part} {share:.0%}" for part, share in SHARES.items())
-        + f"; seed {result.settings.seed}",
-        "strength": f"L1 at {result.chosen.strength:g} of the largest that fits anything, by "
-        f"{result.settings.solver}; chosen on the calibration part within "
-        f"{result.settings.max_neurons} neurons",
+        "design": result.settings.design,
+        "fitted on": ", ".join(f"{n} {kind}" for kind, n in result.examples.items()),
+        "split": f"by relation where a source has ten or more, else by question: {TEST_SHARE:.0%} "
+        f"for the test by a hash of the name, seed {result.settings.seed}; all else was fitted on "
+        f"in {result.settings.folds} folds, whose held-out logits chose and calibrated",
+        "chosen": f"{len(result.chosen.columns)} neurons within {result.settings.max_neurons}, the "
+        "fewest within one standard error of the best; L2 penalty "
+        + ", ".join(f"{value:g} ({head})" for head, value in result.penalty.items()),
         "answers_sha256": sha256(run / "answers.jsonl"),
         "labels_sha256": sha256(run / "labels.jsonl"),
     }
-    tokens = data.features.kind[mixture(data, "calibrate")] == Kind.WRONG
-    responses = response_mixture(data, "calibrate")[1]
+    tokens = data.features.kind[mixture(data, "fit")] == Kind.WRONG
+    responses = response_mixture(data, "fit")[1]
     facts["calibrated on"] = (
         f"{len(tokens)} tokens, {tokens.mean():.0%} of them of wrong claims (short answers and as "
         f"many tokens of ordinary long ones); {len(responses)} responses, {responses.mean():.0%} "
-        f"of them wrong (short answers that end with their claim, and ordinary long ones)"
+        f"of them wrong (short answers and ordinary long ones); by the logits of probes that had "
+        f"not seen them"
     )
     units = data.unit[data.first[data.answered("test")]].tolist()
     relations = sorted({unit for unit in units if "/" in unit})  # a question has lost its "/"
     facts["relations of the test part"] = "; ".join(relations)
-    for part in (*SHARES, "transfer"):
+    for part in ("fit", "test", "transfer"):
         answered = data.answered(part)
         wrong = int(data.hallucinated(answered).sum())
         facts[f"answers, {part}"] = (
@@ -178,9 +177,9 @@ def make_probe(card: ProbeCard, result: FitResult, ffns: tuple[FFN, ...]) -> Pro
         card,
         layer=layer,
         neuron=neuron,
-        weight=np.array(result.chosen.weight)[:, None],
+        weight=np.array(result.chosen.weight),
         column_norm=norms[layer, neuron].numpy(),
-        bias=np.array([result.chosen.bias]),
+        bias=np.array(result.chosen.bias),
     )
 
 

@@ -36,7 +36,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     ]
     prompts = [
         {"id": f"p{n}", "prompt": f"Tell me about e{n}", "kind": "story", "split": split}
-        for n, split in enumerate(["fit"] * 9 + ["held_out"] * 6 + ["test"] * 6)
+        for n, split in enumerate(["fit"] * 15 + ["test"] * 6)
     ]
     for name, rows in (("facts", facts), ("prompts", prompts)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -106,7 +106,7 @@ def test_online_logits_are_the_offline_ones(run: Path, tiny_model: Path) -> None
             with torch.inference_mode():
                 loaded.model(torch.tensor([[*answer.prompt_token_ids, *answer.token_ids]]))
             start = len(answer.prompt_token_ids)
-            online = meter.logits()[0, start : start + len(rows), 0].numpy()
+            online = meter.logits()[0, start : start + len(rows)].numpy()
             offline = chosen.logits(features, rows)
             assert online == pytest.approx(offline, abs=0.02)  # features are stored in float16
 
@@ -118,7 +118,7 @@ def test_wrong_claims_have_a_higher_risk_than_right_ones_and_prose(run: Path) ->
     chosen = FitResult.load(run / "fit.json").chosen
     mean = {}
     for kind in (Kind.WRONG, Kind.RIGHT, Kind.PROSE):
-        logits = chosen.logits(features, (features.kind == kind).nonzero()[0])
+        logits = chosen.logits(features, (features.kind == kind).nonzero()[0])[:, 0]
         mean[kind] = calibrate(probe.card.token.calibration, logits).mean()
     assert mean[Kind.WRONG] > mean[Kind.RIGHT] + 0.3
     assert mean[Kind.WRONG] > mean[Kind.PROSE] + 0.3

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from offline import metrics
-from offline.calibrate import isotonic, operating_points, platt
+from offline.calibrate import choose_calibration, isotonic, platt
 from offline.records import RecordError
 from probes.calibration import calibrate
 
@@ -95,20 +96,44 @@ def test_a_wrong_risk_has_a_calibration_error() -> None:
     assert ece(positive, np.full(1000, 0.9), np.ones(1000)) == pytest.approx(0.4)
 
 
-def test_an_operating_point_costs_what_it_says() -> None:
-    """flagged is risk >= threshold: ties must not flag more than the named rate."""
+def test_the_calibration_that_fits_unseen_units_best_is_taken() -> None:
+    """A step in the data is no logistic curve; a shifted one is not through its own zero."""
     random = np.random.default_rng(0)
-    hallucinated = random.random(5000) < 0.4
-    logits = np.round(random.normal(size=5000) + 2 * hallucinated, 1)
-    calibration = platt(logits, hallucinated)
-    risks = calibrate(calibration, logits)
-    points = operating_points(calibration, logits, hallucinated)
-    assert [point.name for point in points] == ["fpr_1", "fpr_5", "fpr_10"]
-    for point, rate in zip(points, (0.01, 0.05, 0.1), strict=True):
-        flagged = risks >= point.threshold
-        assert point.false_positive_rate == pytest.approx(flagged[~hallucinated].mean())
-        assert point.recall == pytest.approx(flagged[hallucinated].mean())
-        assert rate / 2 < point.false_positive_rate <= rate
+    logits = random.normal(size=6000)
+    units = [str(i % 60) for i in range(6000)]
+    step = random.random(6000) < np.where(logits > 1, 0.95, 0.3)
+    fitted, scores = choose_calibration(logits, step, units, seed=0)
+    assert min(scores, key=lambda name: scores[name]) == "isotonic"
+    assert fitted == isotonic(logits, step)
+    shifted = random.random(6000) < 1 / (1 + np.exp(-(2 * logits - 3)))
+    fitted, scores = choose_calibration(logits, shifted, units, seed=0)
+    assert scores["platt"] < scores["temperature"]
+    assert np.isfinite(list(scores.values())).all()
+
+
+def test_a_method_that_the_logits_rule_out_is_not_taken() -> None:
+    """Temperature alone would turn logits of one sign upside down."""
+    random = np.random.default_rng(0)
+    logits = random.normal(size=2000) + 5
+    rare = random.random(2000) < 1 / (1 + np.exp(-(logits - 8)))
+    fitted, scores = choose_calibration(logits, rare, [str(i % 50) for i in range(2000)], seed=0)
+    assert scores["temperature"] == np.inf
+    assert calibrate(fitted, logits).mean() == pytest.approx(rare.mean(), abs=0.01)
+
+
+def test_accuracy_at_coverage_answers_the_least_risky() -> None:
+    positive = np.array([False, False, True, True])
+    score = np.arange(4.0)
+    every = np.ones(4)
+    assert metrics.accuracy_at_coverage(0.5)(positive, score, every) == 1.0
+    assert metrics.accuracy_at_coverage(0.75)(positive, score, every) == pytest.approx(2 / 3)
+
+
+def test_rank_correlation_is_spearmans() -> None:
+    random = np.random.default_rng(0)
+    first, second = np.round(random.normal(size=(2, 200)), 1)
+    found = metrics.rank_correlation(first, first + second)
+    assert found == pytest.approx(spearmanr(first, first + second).statistic)
 
 
 def test_a_probe_that_ranks_upside_down_is_refused() -> None:

@@ -100,5 +100,5 @@ def test_the_shipped_ordinary_prompts_are_whole_and_split(repository: Path) -> N
         Source.parse(f"{repository / 'offline/data/ordinary_prompts.jsonl'}:ordinary")
     )
     splits = [prompt.split for prompt in prompts]
-    assert (splits.count("fit"), splits.count("held_out"), splits.count("test")) == (120, 40, 20)
+    assert (splits.count("fit"), splits.count("test")) == (263, 222)
     assert len({prompt.prompt.casefold() for prompt in prompts}) == len(prompts)

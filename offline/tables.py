@@ -1,0 +1,93 @@
+"""Rows of the card: figures with intervals, of one detector on one data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offline import metrics
+from offline.curves import Curve, curve
+from offline.metrics import Bools, Floats, Metric
+from probes.calibration import OperatingPoint
+from probes.card import EvaluationRow
+
+Names = NDArray[np.str_]
+
+RANKING: dict[str, Metric] = {
+    "auroc": metrics.auroc,
+    "auprc": metrics.auprc,
+    "recall_at_1_fpr": metrics.recall_at_fpr(0.01),
+    "recall_at_5_fpr": metrics.recall_at_fpr(0.05),
+    "recall_at_10_fpr": metrics.recall_at_fpr(0.10),
+}
+CALIBRATION: dict[str, Metric] = {
+    "ece": metrics.expected_calibration_error(),
+    "brier": metrics.brier,
+}
+
+
+def ranked(
+    dataset: str, detector: str, wrong: Bools, score: Floats, units: Names
+) -> Iterator[EvaluationRow | Curve]:
+    """How well a detector ranks wrong above right; inside units too, where they have both."""
+    yield from table(RANKING, dataset, detector, wrong, score, units)
+    yield curve(dataset, detector, wrong, score)
+    within = metrics.auroc_within(wrong, score, units.tolist())
+    if np.isfinite(within):  # undefined where each question is a unit of its own
+        yield figure(dataset, detector, "auroc_within_units", within, len(wrong))
+
+
+def drawn(
+    dataset: str, detector: str, wrong: Bools, draws: Sequence[Floats]
+) -> Iterator[EvaluationRow]:
+    """A detector that was drawn at random: mean over the draws and where 95 % of them lie."""
+    found = [metrics.rank(wrong, score) for score in draws]
+    yield EvaluationRow(
+        dataset=dataset,
+        detector=detector,
+        metric="auroc",
+        value=float(np.mean(found)),
+        low=float(np.quantile(found, 0.025)),
+        high=float(np.quantile(found, 0.975)),
+        n=len(wrong),
+    )
+
+
+def flagged(
+    dataset: str, points: Sequence[OperatingPoint], risk: Floats, units: Names
+) -> Iterator[EvaluationRow]:
+    """Share of the items that each operating point flags."""
+    every = np.ones(len(risk), dtype=np.bool_)
+    for point in points if len(risk) else ():
+        share: dict[str, Metric] = {f"flagged_at_{point.name}": metrics.mean_of_positives}
+        over = (risk >= point.threshold).astype(np.float64)
+        yield from table(share, dataset, "probe", every, over, units)
+
+
+def table(
+    wanted: Mapping[str, Metric],
+    dataset: str,
+    detector: str,
+    positive: Bools,
+    score: Floats,
+    units: Names,
+) -> Iterator[EvaluationRow]:
+    """One row per metric, each with its interval."""
+    for name, metric in wanted.items():
+        found = metrics.with_interval(metric, positive, score, units.tolist())
+        yield EvaluationRow(
+            dataset=dataset,
+            detector=detector,
+            metric=name,
+            value=found.value,
+            low=found.low,
+            high=found.high,
+            n=found.n,
+        )
+
+
+def figure(dataset: str, detector: str, metric: str, value: float, n: int) -> EvaluationRow:
+    """A figure without an interval."""
+    return EvaluationRow(dataset=dataset, detector=detector, metric=metric, value=value, n=n)
