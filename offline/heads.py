@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import msgspec
 import numpy as np
 
 from offline.examples import Examples
@@ -18,8 +19,8 @@ from offline.metrics import Bools, Floats
 from offline.records import Record, RecordError
 from probes.probe import fold_scaler
 
-# Standard deviation of the logits over the examples that were fitted on. The scale of a logit is
-# free, since the calibration absorbs it; this one keeps what bfloat16 kernels and batch shapes
+# Standard deviation of each head's logits over the tokens that were fitted on. Their scale
+# is free, since the calibration absorbs it; this one keeps what bfloat16 kernels and batch shapes
 # disagree about (up to 3.5 % of the spread, measured) inside the known-answer test's 0.03.
 LOGIT_SPREAD = 0.5
 
@@ -67,7 +68,10 @@ def train(
     budgets: Sequence[int],
     settings: HeadSettings,
 ) -> list[list[Weights]]:
-    """`[budgets][penalties]`: the heads of `examples`, fitted on the `kept` ones alone."""
+    """`[budgets][penalties]`: the heads of `examples`, fitted on the `kept` ones alone.
+
+    The first head's examples are single tokens: by them the scale of all heads is set.
+    """
     shares = dict(settings.shares)
     found = {}
     for head, one in examples.items():
@@ -80,7 +84,8 @@ def train(
             weigh(examples[head], kept[head], head, columns, settings.penalties)
             for head in examples
         ]
-        drafts.append([join(heads) for heads in zip(*weighed, strict=True)])
+        tokens = next(iter(examples.values())).x[:, columns].astype(np.float32)
+        drafts.append([_scaled(join(heads), tokens) for heads in zip(*weighed, strict=True)])
     return drafts
 
 
@@ -96,13 +101,13 @@ def train_as_the_paper(examples: Examples, kept: Bools, head: str, *, c: float) 
     columns = np.flatnonzero(model.coef_[0])
     if not len(columns):
         raise RecordError(f"C {c:g} gives no neuron a weight; choose a larger one")
-    unit = LOGIT_SPREAD / float(model.decision_function(x).std())
-    return Weights(
+    weights = Weights(
         heads=(head,),
         columns=tuple(columns.tolist()),
-        weight=tuple((w,) for w in (unit * model.coef_[0, columns].astype(np.float64)).tolist()),
-        bias=(unit * float(model.intercept_[0]),),
+        weight=tuple((w,) for w in model.coef_[0, columns].astype(np.float64).tolist()),
+        bias=(float(model.intercept_[0]),),
     )
+    return _scaled(weights, x[:, columns])
 
 
 def weigh(
@@ -117,10 +122,9 @@ def weigh(
     fitted = []
     for penalty in penalties:
         model = LogisticRegression(C=1 / (penalty * len(x)), max_iter=500).fit(x, positive)
-        unit = LOGIT_SPREAD / float(model.decision_function(x).std())
         weight, bias = fold_scaler(
-            unit * model.coef_.astype(np.float64).T,
-            unit * model.intercept_.astype(np.float64),
+            model.coef_.astype(np.float64).T,
+            model.intercept_.astype(np.float64),
             mean=mean.astype(np.float64),
             scale=scale.astype(np.float64),
         )
@@ -145,6 +149,16 @@ def join(heads: Sequence[Weights]) -> Weights:
             for rows in zip(*(one.weight for one in heads), strict=True)
         ),
         bias=tuple(b for one in heads for b in one.bias),
+    )
+
+
+def _scaled(weights: Weights, values: FloatArray) -> Weights:
+    """The same ranking, with a spread of LOGIT_SPREAD over `values` `[rows, columns]`."""
+    unit = LOGIT_SPREAD / weights.read(values).std(axis=0)  # [heads]
+    return msgspec.structs.replace(
+        weights,
+        weight=tuple(map(tuple, (np.array(weights.weight) * unit).tolist())),
+        bias=tuple((np.array(weights.bias) * unit).tolist()),
     )
 
 

@@ -79,7 +79,7 @@ def publish(
             operating_points=result.token_points,
             default=result.settings.token_default,
             reference=reference_risks(
-                result.token, result.chosen.logits(data.features, mixture(data, "calibrate"))
+                result.token, result.chosen.logits(data.features, mixture(data, "test"))[:, 0]
             ),
         ),
         response=ResponseRule(
