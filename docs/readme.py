@@ -13,18 +13,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CARD = ROOT / "probes" / "fitted" / "smollm2-135m-instruct" / "probe.json"
 # Datasets and metrics of the card; below, the probe, what is free, and its dense rival.
-ROWS = (
-    ("tokens, wrong claims against all others", "auroc"),
-    ("tokens, wrong against right claims", "auroc"),
-    ("claims, unseen relations and questions", "auroc"),
-    ("responses, unseen relations and questions", "auroc"),
+ANSWERS = (
+    "answers, wikidata_completions, complete, unseen, as asked",
+    "answers, wikidata_completions, complete, unseen, balanced inside groups",
+    "answers, unseen relations and questions, as asked",
 )
-DETECTORS = {
-    "probe": "the probe",
-    "-logprob": "token log-probability",
-    "random neurons, as many": "as many random neurons",
-    "residual layer 20, dense": "dense probe on residual layer 20",
-}
+TOKENS = (
+    "tokens, wrong claims against all others",
+    "tokens, wrong against right claims",
+    "tokens, wrong claims against ordinary long answers",
+)
+FREE = {True: "-logprob", False: "-logprob_sum"}
+RIVALS = ("random neurons, as many", "residual layer 20, dense")
 
 
 def render(text: str) -> str:
@@ -57,13 +57,14 @@ def figures() -> str:
     card = json.loads(CARD.read_text())["card"]
     rows = {(row["dataset"], row["detector"], row["metric"]): row for row in card["evaluation"]}
     lines = [
-        "| AUROC on the test split | " + " | ".join(DETECTORS.values()) + " | n |",
-        "|---" * (len(DETECTORS) + 2) + "|",
+        "| AUROC on the test split | the probe | log-probability | as many random neurons "
+        "| dense probe on residual layer 20 | n |",
+        "|---" * 6 + "|",
     ]
-    for dataset, metric in ROWS:
-        found = [rows[dataset, detector, metric] for detector in DETECTORS]
-        cells = " | ".join(map(_interval, found))
-        lines.append(f"| {dataset} | {cells} | {found[0]['n']} |")
+    for dataset in (*ANSWERS, *TOKENS):
+        detectors = ("probe", FREE[dataset in TOKENS], *RIVALS)
+        found = [rows[dataset, detector, "auroc"] for detector in detectors]
+        lines.append(f"| {dataset} | {' | '.join(map(_interval, found))} | {found[0]['n']} |")
     point = next(
         p for p in card["token"]["operating_points"] if p["name"] == card["token"]["default"]
     )

@@ -28,14 +28,14 @@ def places(data: Dataset) -> list[Place]:
     """All unseen answers as they were asked; each source and style by itself; of it as many wrong
     answers as right ones in each relation; and of these the ones whose claim was found, which is
     the strictest set."""
-    found = [Place("unseen relations and questions", data.answered("test"))]
+    found = [Place("unseen relations and questions, as asked", data.answered("test"))]
     kinds = sorted({(answer.source, answer.style) for answer in data.answers if answer.gold})
     for source, style in kinds:
         for part in ("test", "transfer"):
             answers = data.answered(part, source=source, style=style)
             seen = "unseen" if part == "test" else "never trained on"
             name = f"{source}, {style}, {seen}"
-            found.append(Place(name, answers))
+            found.append(Place(f"{name}, as asked", answers))
             if part == "test":
                 even = data.even(answers, wrong_per_right=1.0)
                 found.append(Place(f"{name}, balanced inside groups", even))

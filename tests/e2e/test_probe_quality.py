@@ -23,7 +23,8 @@ from probes.probe import Probe
 
 PER_RELATION = 12
 QUESTIONS = 120
-LONG_TOKENS = 120
+LONG_ANSWERS = 30
+LONG_TOKENS = 100
 
 
 class Scored(NamedTuple):
@@ -58,8 +59,8 @@ def server(demo_model_path: Path, probe_path: Path) -> Iterator[str]:
 def long_answers(server: str, repository: Path) -> list[Scored]:
     path = repository / "offline" / "data" / "ordinary_prompts.jsonl"
     prompts = [q for q in read_questions(Source.parse(f"{path}:ordinary")) if q.split == "test"]
-    assert len(prompts) == 20
-    return asyncio.run(_ask(server, prompts, LONG_TOKENS))
+    assert len(prompts) > 200
+    return asyncio.run(_ask(server, prompts[:LONG_ANSWERS], LONG_TOKENS))
 
 
 @pytest.fixture(scope="module")

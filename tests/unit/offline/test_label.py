@@ -15,6 +15,7 @@ from offline.judge import ABSTAINED, Case, by_alias
 from offline.label import LabelSettings
 from offline.models import LoadedTokenizer
 from offline.records import Answer, Header, Label, RecordError, read_records, write_records
+from offline.splits import assign
 
 MakeAnswer = Callable[..., Answer]
 
@@ -246,6 +247,46 @@ def test_groups_are_balanced_both_ways(
     kept = verb.used(choice.balance(answers, labels, wrong_per_right=1, right_per_wrong=1))
     assert [label.verdict for label in kept].count("right") == 3
     assert [label.verdict for label in kept].count("wrong") == 3
+
+
+def test_a_source_is_balanced_as_a_whole_and_its_groups_on_request(
+    make_answer: MakeAnswer, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Answers are ranked as people meet them: a relation that is never right keeps its answers."""
+    answers = [make_answer(id=f"set/complete/r{i}/0", group="easy") for i in range(4)]
+    answers += [
+        make_answer("It is Lodz.", id=f"set/complete/w{i}/0", group="hard") for i in range(20)
+    ]
+    labels = [_label_one(answer, tokenizer) for answer in answers]
+    whole = choice.balance(answers, labels, wrong_per_right=3, right_per_wrong=0)
+    inside = choice.balance(
+        answers, labels, wrong_per_right=3, right_per_wrong=0, inside_groups=True
+    )
+    assert [label.verdict for label in verb.used(whole)].count("wrong") == 12
+    assert [label.verdict for label in verb.used(inside)].count("wrong") == 0
+
+
+def test_what_judges_the_probe_keeps_all_that_was_asked(
+    make_answer: MakeAnswer, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Dropping wrong answers from the test would make it easier, or harder, than real use."""
+    answers = [
+        make_answer(
+            text=f"It is {'Warsaw' if i == 0 else 'Lodz'}.", id=f"set/complete/q{g}-{i}/0",
+            group=f"r{g}", question=f"The r{g} of x{i} is",
+        )
+        for g in range(40)
+        for i in range(6)
+    ]  # fmt: skip
+    labels = [_label_one(answer, tokenizer) for answer in answers]
+    settings = verb.LabelSettings(wrong_per_right=1.0)
+    even = choice.balance(answers, labels, wrong_per_right=1.0, right_per_wrong=0)
+    kept = verb.spare(answers, labels, even, settings)
+    _, parts = assign(answers, transfer=frozenset(), seed=settings.split_seed)
+    dropped = {label.id for label in kept if label.dropped}
+    assert len(dropped) > 50
+    assert {parts[id] for id in dropped} == {"fit"}
+    assert "test" in set(parts.values())
 
 
 def test_a_class_that_is_empty_is_refused_and_the_file_says_why(
