@@ -147,7 +147,7 @@ def test_k_of_n_must_agree_and_the_commonest_text_stands_for_the_question(
     )
 
 
-def test_wrong_answers_are_kept_in_proportion_to_the_right_ones_of_their_group(
+def test_wrong_answers_are_kept_in_proportion_to_the_right_ones(
     make_answer: MakeAnswer, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Unbalanced groups teach a probe the group: the relation alone reached AUROC .739."""
@@ -157,8 +157,11 @@ def test_wrong_answers_are_kept_in_proportion_to_the_right_ones_of_their_group(
         *(make_answer("It is Lodz.", id=f"set/complete/h{i}/0", group="hard") for i in range(5)),
     ]
     labels = [_label_one(answer, tokenizer) for answer in answers]
-    kept = verb.used(choice.balance(answers, labels, wrong_per_right=1.5, right_per_wrong=0))
+    kept = verb.used(
+        choice.balance(answers, labels, wrong_per_right=1.5, right_per_wrong=0, inside_groups=True)
+    )
     assert sum(label.verdict == "right" for label in kept) == 2
+    assert not any("/h" in label.id for label in kept)
     assert sum(label.verdict == "wrong" for label in kept) == 3
 
 
