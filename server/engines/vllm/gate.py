@@ -86,6 +86,7 @@ def refuse(config: VllmConfig) -> None:
     compilation = config.compilation_config.mode
     reasons = {
         "--enforce-eager (or compilation mode NONE)": not compilation,
+        "--tensor-parallel-size above 1": parallel.tensor_parallel_size > 1,
         "--pipeline-parallel-size above 1": parallel.pipeline_parallel_size > 1,
         "--data-parallel-size above 1 (run several servers behind a balancer)": (
             parallel.data_parallel_size > 1
