@@ -390,6 +390,32 @@ def sweep(
 
 @app.command()
 @holds_run
+def report(model: Model, out: Run, revision: Revision = None) -> None:
+    """Everything that is known about the run: report.json and report.html."""
+    from offline import report as verb
+    from offline.dataset import load_dataset
+    from offline.evaluate import Evaluation
+    from offline.fit import FitResult
+    from offline.models import load_tokenizer
+    from offline.records import write_atomic
+    from offline.report_page import render
+
+    result = FitResult.load(out / "fit.json")
+    data = load_dataset(
+        out, transfer=frozenset(result.settings.transfer), seed=result.settings.seed
+    )
+    verb.make_report(
+        out,
+        result,
+        Evaluation.load(out / "evaluation.json"),
+        data,
+        load_tokenizer(model, revision=revision),
+    ).save(out / "report.json")
+    write_atomic(out / "report.html", render(verb.Report.load(out / "report.json")).encode())
+
+
+@app.command()
+@holds_run
 def train(
     model: Model,
     out: Run,
@@ -438,6 +464,7 @@ def train(
     fit(out, transfer, solver, max_neurons, split_seed, paper, design, c)
     evaluate(out)
     publish(model, out, name, revision, model_dtype, device_map, license, to)
+    report(model, out, revision)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from probes.calibration import OperatingPoint
 from probes.card import EvaluationRow, ProbeCard
@@ -103,26 +104,52 @@ def _points(points: Sequence[OperatingPoint], default: str) -> list[str]:
     ]
 
 
-def _evaluation(rows: Iterable[EvaluationRow]) -> list[str]:
-    """One table per data set: detectors down, metrics across."""
-    tables: dict[str, dict[str, dict[str, EvaluationRow]]] = {}
+class EvaluationTable(NamedTuple):
+    """The rows of one data set: detectors down, metrics across."""
+
+    dataset: str
+    n: int
+    metrics: tuple[str, ...]
+    figures: dict[str, tuple[EvaluationRow | None, ...]]  # detector -> one per metric
+
+
+def evaluation_tables(rows: Iterable[EvaluationRow]) -> list[EvaluationTable]:
+    """One table per data set, in the order of the rows."""
+    found: dict[str, dict[str, dict[str, EvaluationRow]]] = {}
     for row in rows:
-        tables.setdefault(row.dataset, {}).setdefault(row.detector, {})[row.metric] = row
+        found.setdefault(row.dataset, {}).setdefault(row.detector, {})[row.metric] = row
+    tables = []
+    for dataset, detectors in found.items():
+        metrics = {metric: None for row in detectors.values() for metric in row}
+        ordered = tuple(m for m in _SHOWN if m in metrics) or tuple(metrics)
+        tables.append(
+            EvaluationTable(
+                dataset,
+                n=next(iter(next(iter(detectors.values())).values())).n,
+                metrics=ordered,
+                figures={
+                    detector: tuple(figures.get(metric) for metric in ordered)
+                    for detector, figures in detectors.items()
+                },
+            )
+        )
+    return tables
+
+
+def _evaluation(rows: Iterable[EvaluationRow]) -> list[str]:
     lines: list[str] = []
-    for dataset, detectors in tables.items():
-        found = {metric for row in detectors.values() for metric in row}
-        ordered = [m for m in _SHOWN if m in found] or sorted(found)
-        n = next(iter(next(iter(detectors.values())).values())).n
-        lines += [f"**{dataset}** (n = {n})", "", f"| detector | {' | '.join(ordered)} |"]
-        lines += ["|---" * (len(ordered) + 1) + "|"]
-        for detector, figures in detectors.items():
-            cells = (_cell(figures.get(metric)) for metric in ordered)
-            lines.append(f"| {detector} | {' | '.join(cells)} |")
+    for table in evaluation_tables(rows):
+        lines += [f"**{table.dataset}** (n = {table.n})", ""]
+        lines += [f"| detector | {' | '.join(table.metrics)} |"]
+        lines += ["|---" * (len(table.metrics) + 1) + "|"]
+        for detector, figures in table.figures.items():
+            lines.append(f"| {detector} | {' | '.join(map(cell, figures))} |")
         lines.append("")
     return lines
 
 
-def _cell(row: EvaluationRow | None) -> str:
+def cell(row: EvaluationRow | None) -> str:
+    """A figure with its interval, as card and report print it."""
     if row is None:
         return "-"
     interval = "" if row.low is None else f" [{row.low:.3f}, {row.high:.3f}]"

@@ -5,6 +5,7 @@ Only the model (conftest.py) is made for the test; everything else is the produc
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from offline.fit import FitResult
 from offline.label import used
 from offline.models import load_model, load_tokenizer
 from offline.records import Answer, Label, read_records
+from offline.report import Report
 from offline.sweep_figures import SweepFigures
 from offline.transfer import Transfer
 from probes import known_answer
@@ -170,6 +172,26 @@ def test_a_sibling_is_read_and_still_not_served(
     )
     with pytest.raises(ProbeMismatchError, match="weights_fingerprint"):
         match(Probe.load(run / "probe"), tuned.identity)
+
+
+def test_the_report_holds_the_figures_of_the_run(run: Path) -> None:
+    """The page, its JSON and the card tell one story."""
+    report = Report.load(run / "report.json")
+    card = Probe.load(run / "probe").card
+    assert report.rows == card.evaluation
+    assert report.reliability == card.reliability
+    assert report.not_good_for == card.not_good_for
+    _, labels = read_records(run / "labels.jsonl", Label)
+    asked = sum(funnel.answers for funnel in report.funnel)
+    kept = sum(n for funnel in report.funnel for n in funnel.kept.values())
+    assert (asked, kept) == (len(labels), len(used(labels)))
+    texts = {answer.text for answer in read_records(run / "answers.jsonl", Answer)[1]}
+    assert all("".join(piece.text for piece in e.pieces) in texts for e in report.examples)
+    claims = [piece for e in report.examples if e.what == "wrong" for piece in e.pieces]
+    assert any(piece.claim and piece.risk is not None for piece in claims)
+    page = html.unescape((run / "report.html").read_text())
+    assert all(sentence in page for sentence in card.not_good_for)
+    assert str(run.parent) not in page
 
 
 def test_collecting_again_asks_nothing_and_changes_nothing(

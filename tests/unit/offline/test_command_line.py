@@ -27,6 +27,7 @@ VERBS = (
     command.fit,
     command.evaluate,
     command.publish,
+    command.report,
 )
 
 

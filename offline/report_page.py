@@ -1,0 +1,71 @@
+"""report.json as one self-contained HTML page: no script, no font, no address of anybody else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from offline import report_charts as charts
+from offline.card import cell, evaluation_tables
+from offline.report import Report
+from offline.sweep_figures import OVER_COMPLIANCE, SweepFigures
+
+LEVELS = ("answers", "claims", "tokens")
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def render(report: Report) -> str:
+    """The page; every figure on it is one of `report`."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["cell"] = cell
+    datasets = [
+        name
+        for name in dict.fromkeys(curve.dataset for curve in report.curves)
+        if "balanced" not in name  # a part of the set of the same name
+    ]
+    tables = evaluation_tables(report.rows)
+    ranked = [table for table in tables if "auroc" in table.metrics]
+    shown = {(table.dataset, metric) for table in tables for metric in table.metrics}
+    return environment.get_template("report.html").render(
+        report=report,
+        neuron_map=charts.neuron_map(report),
+        budgets=charts.budgets(report),
+        curves={name: charts.curves(report, name) for name in datasets},
+        reliability=charts.reliability(report),
+        ranked=ranked,
+        headline=_headline([table.dataset for table in ranked]),
+        remaining=[row for row in report.rows if (row.dataset, row.metric) not in shown],
+        others=[table for table in tables if "auroc" not in table.metrics],
+        doses=_doses(report.sweep) if report.sweep else {},
+    )
+
+
+def _headline(datasets: Sequence[str]) -> set[str]:
+    """The first two data sets of each level; the rest is detail."""
+    found = {level: [d for d in datasets if d.startswith(f"{level}, ")] for level in LEVELS}
+    return {dataset for names in found.values() for dataset in names[:2]}
+
+
+def _doses(sweep: SweepFigures) -> dict[str, str]:
+    """Measure -> picture: what alpha does, then what it costs."""
+    measures = dict.fromkeys(point.measure for point in sweep.points)
+    wanted = {"complied": "Compliance", "correct": "Accuracy", "perplexity": "Perplexity"}
+    wanted |= {"refused": "Refusals", "changed": "Answers changed", "tokens": "Length in tokens"}
+    made: dict[str, str] = {}
+    for measure, name in wanted.items():
+        if measure not in measures:
+            continue
+        behaviours = dict.fromkeys(p.behaviour for p in sweep.points if p.measure == measure)
+        together = [b for b in behaviours if b == OVER_COMPLIANCE]
+        apart = [b for b in behaviours if b != OVER_COMPLIANCE]
+        shown = [*together, *apart] if measure == "complied" or not together else together
+        made[name] = charts.dose(sweep, measure, shown)
+    return made
