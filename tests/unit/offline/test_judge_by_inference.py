@@ -96,9 +96,10 @@ def test_a_batch_of_accepted_answers_is_judged_as_each_alone(
 
 def test_a_long_answer_is_cut_and_the_accepted_one_is_not(tmp_path: Path, header: Header) -> None:
     judge = _judge(_save(tmp_path / "nli", None), tmp_path, header)
-    short = judge._probabilities(" ".join(["rome"] * 500), ["where ? oslo"])
-    other = judge._probabilities(" ".join(["rome"] * 500), ["where ? lima"])
-    assert not torch.equal(short, other)
+    answer, accepted = " ".join(["rome"] * 500), " ".join(["it"] * 14)
+    first = judge._probabilities(answer, [f"{accepted} oslo"])
+    other = judge._probabilities(answer, [f"{accepted} lima"])
+    assert not torch.equal(first, other)
 
 
 def test_a_refusal_is_found_by_rule_and_verdicts_are_kept(
