@@ -50,7 +50,8 @@ def render(report: Report) -> str:
 
 def _headline(datasets: Sequence[str]) -> set[str]:
     """The first two data sets of each level; the rest is detail."""
-    found = {level: [d for d in datasets if d.startswith(f"{level}, ")] for level in LEVELS}
+    unseen = [dataset for dataset in datasets if not dataset.endswith("folds of the fit part")]
+    found = {level: [d for d in unseen if d.startswith(f"{level}, ")] for level in LEVELS}
     return {dataset for names in found.values() for dataset in names[:2]}
 
 

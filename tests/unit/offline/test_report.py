@@ -11,7 +11,7 @@ import pytest
 from offline.curves import Curve
 from offline.report import Budget, Funnel, Neuron, PartCounts, Piece, Report, TintedAnswer
 from offline.report_charts import INK, shown_curves
-from offline.report_page import render
+from offline.report_page import _headline, render
 from offline.sweep_figures import Example, Point, Slope, SweepFigures
 from probes.calibration import OperatingPoint
 from probes.card import EvaluationRow, ModelIdentity, ReliabilityBin
@@ -198,3 +198,14 @@ def test_a_curve_of_each_kind_of_detector_is_shown_once_and_the_probe_first(
     )
     shown = [curve.detector for curve in shown_curves(report, CLAIMS)]
     assert shown == ["probe", "residual layer 20, dense", "entropy"]
+
+
+def test_what_was_chosen_by_is_no_headline() -> None:
+    """Folds of the fit part chose the probe: above the unseen rows they would pass for a test."""
+    names = [
+        "answers, folds of the fit part",
+        CLAIMS,
+        "answers, as asked",
+        "pooling, short answers",
+    ]
+    assert _headline(names) == {CLAIMS, "answers, as asked"}

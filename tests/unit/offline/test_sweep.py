@@ -102,6 +102,14 @@ def test_slopes_are_shares_per_alpha_and_differences_are_paired() -> None:
     assert found["tokens"].values[PROBED].mean(axis=0).tolist() == [10, 11, 12]
 
 
+def test_a_slope_is_that_of_least_squares_on_uneven_alphas_too() -> None:
+    """On evenly spaced alphas a wrong scale can look right."""
+    alphas = (0.0, 0.5, 1.0, 3.0)
+    values = np.array([[0.1 * alpha + 0.2 for alpha in alphas]] * 4)
+    slope = _only(summarise(Table("set", "complied", {PROBED: values}), alphas)[1])
+    assert slope.value == pytest.approx(0.1)
+
+
 def test_the_interval_of_a_slope_covers_the_truth_about_as_often_as_it_says() -> None:
     """150 sets of 40 items whose true slope is .2: 95 % intervals hold it 88 to 100 % of times."""
     random = np.random.default_rng(0)
