@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOKENS_PER_PASS = 2048
+PADDING = 256  # slots per pass, at most, that hold no token
 SHARD_BYTES = 2**29  # of its CETT; as much memory is taken while it is made
 SHARD_KEY = "shard"
 WHOLE = ("logprob_mean", "logprob_min", "logprob_sum", "entropy_mean", "entropy_max", "length")
@@ -221,20 +222,25 @@ def _alike(item: Item) -> tuple[int, int, Ids, str]:
 
 
 def _batches(items: Sequence[Item], *, shared: int) -> Iterator[list[Item]]:
-    """Runs of items whose prompts (beyond `shared` tokens), and whose answers, fill a pass."""
+    """Runs of items whose prompts (beyond `shared` tokens), and whose answers, fill a pass each
+    without much padding: to a CPU a slot of padding costs as much as a token."""
     batch: list[Item] = []
-    prompts: set[Ids] = set()
-    written = prompt = 0
     for item in items:
-        written, prompt = max(written, len(item.written)), max(prompt, len(item.prompt) - shared)
-        prompts.add(item.prompt)
-        size = max((len(batch) + 1) * (written + 1), len(prompts) * prompt)
-        if batch and size > TOKENS_PER_PASS:
-            yield batch
-            batch, prompts = [], {item.prompt}
-            written, prompt = len(item.written), len(item.prompt) - shared
+        if batch:
+            full, padding = _slots([*batch, item], shared)
+            if full > TOKENS_PER_PASS or padding > PADDING:
+                yield batch
+                batch = []
         batch.append(item)
     yield batch
+
+
+def _slots(items: Sequence[Item], shared: int) -> tuple[int, int]:
+    """Slots of the larger of both passes over `items`, and how many of both are padding."""
+    rests = [len(prompt) - shared for prompt in {item.prompt for item in items}]
+    written = [len(item.written) + 1 for item in items]
+    passes = [(len(lengths) * max(lengths), sum(lengths)) for lengths in (rests, written)]
+    return max(slots for slots, _ in passes), sum(slots - used for slots, used in passes)
 
 
 def _write_shard(

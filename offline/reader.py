@@ -126,7 +126,7 @@ class Reader:
             predicted = _pick(output.logits, row[some], column[some]).float().log_softmax(-1)
             chosen_id = written[some, None].to(predicted.device)
             into.logprob[some] = predicted.gather(-1, chosen_id)[:, 0]
-            into.entropy[some] = -(predicted.exp() * predicted).nan_to_num(0.0).sum(-1)
+            into.entropy[some] = torch.special.entr(predicted.exp()).sum(-1)
 
     def _read_prompts(self, prompts: Sequence[Ids]) -> tuple[Cache, Tensor]:
         """The cache of all prompts without their last token, and its mask `[prompts, slots]`."""

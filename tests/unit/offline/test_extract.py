@@ -13,12 +13,17 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from offline.extract import (
+    PADDING,
     SHARD_KEY,
+    TOKENS_PER_PASS,
     WHOLE,
     FeaturesHeader,
+    Item,
     Kind,
     Part,
     Position,
+    _batches,
+    _plan,
     extract,
     features_header,
     make_items,
@@ -282,3 +287,26 @@ def test_shards_of_another_run_or_with_missing_rows_are_an_error(
     save(header, answer=tensors["answer"][1:].clone())
     with pytest.raises(RecordError, match="rows of"):
         load_features(tmp_path)
+
+
+def test_a_pass_holds_whole_answers_once_and_little_padding() -> None:
+    """A slot of padding costs a CPU what a token costs; an answer that is lost or read twice gives
+    a shard whose rows and labels disagree."""
+    random = np.random.default_rng(0)
+    items = [
+        Item(
+            id=str(i),
+            prompt=tuple(range(10 + i % 7)),
+            written=(1,) * int(random.choice((5, 8, 30, 200))),
+            kinds=(),
+        )
+        for i in range(300)
+    ]
+    (shard,) = _plan(items, rows_per_shard=10**6)
+    batches = list(_batches(shard, shared=5))
+    assert sorted(item.id for batch in batches for item in batch) == sorted(i.id for i in items)
+    for batch in batches:
+        slots = len(batch) * (max(len(item.written) for item in batch) + 1)
+        assert slots <= TOKENS_PER_PASS
+        assert slots - sum(len(item.written) + 1 for item in batch) <= PADDING
+    assert len(batches) < 20
