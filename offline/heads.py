@@ -19,10 +19,11 @@ from offline.metrics import Bools, Floats
 from offline.records import Record, RecordError
 from probes.probe import fold_scaler
 
-# Standard deviation of each head's logits over the tokens that were fitted on. Their scale
-# is free, since the calibration absorbs it; this one keeps what bfloat16 kernels and batch shapes
-# disagree about (up to 3.5 % of the spread, measured) inside the known-answer test's 0.03.
-LOGIT_SPREAD = 0.5
+# Standard deviation of each head's logits over the tokens that were fitted on. Their scale is free,
+# since the calibration absorbs it; this one keeps what engines disagree about in bfloat16 (vLLM and
+# transformers: 11 % of the spread at the worst of 143 tokens, 4 % at nine in ten, measured) inside
+# the known-answer test's 0.03.
+LOGIT_SPREAD = 0.2
 
 
 class HeadSettings(Record, frozen=True, kw_only=True):
