@@ -106,7 +106,11 @@ def test_a_verb_without_its_input_says_what_is_missing(tmp_path: Path) -> None:
 def test_the_command_of_make_probe_is_understood(repository: Path) -> None:
     """Trap 19: the reference's README names a flag that its code does not have."""
     plan = subprocess.run(
-        ["make", "--dry-run", "probe"], cwd=repository, capture_output=True, text=True, check=True
+        ["make", "--dry-run", "--no-print-directory", "probe"],  # a level below `make test`
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     words = shlex.split(plan[plan.index("-m offline") :].replace("\\\n", " "))[2:]
     verb = typer.main.get_command(command.app).commands[words[0]]  # type: ignore[attr-defined]
