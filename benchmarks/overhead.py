@@ -30,7 +30,14 @@ import typer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from probes.calibration import OperatingPoint, Platt
-from probes.card import SCHEMA_VERSION, ModelIdentity, ProbeCard, ResponseRule, TokenRule
+from probes.card import (
+    SCHEMA_VERSION,
+    ModelIdentity,
+    ProbeCard,
+    ReferenceRisks,
+    ResponseRule,
+    TokenRule,
+)
 from probes.cett import FORMULA_VERSION, column_norms
 from probes.neurons import find_ffns
 from probes.probe import Probe
@@ -61,7 +68,11 @@ def synthetic_probe(model: PreTrainedModel, identity: ModelIdentity) -> Probe:
         position="read",
         heads=("token",),
         token=TokenRule(
-            head="token", calibration=calibration, operating_points=points, default="half"
+            head="token",
+            calibration=calibration,
+            operating_points=points,
+            default="half",
+            reference=ReferenceRisks(edges=(0.5,), shares=(0.5, 0.5)),
         ),
         response=ResponseRule(
             head="token",

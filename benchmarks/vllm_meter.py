@@ -23,7 +23,14 @@ from vllm.distributed import ensure_model_parallel_initialized, init_distributed
 from vllm.model_executor.layers.linear import RowParallelLinear
 
 from probes.calibration import OperatingPoint, Platt
-from probes.card import SCHEMA_VERSION, ModelIdentity, ProbeCard, ResponseRule, TokenRule
+from probes.card import (
+    SCHEMA_VERSION,
+    ModelIdentity,
+    ProbeCard,
+    ReferenceRisks,
+    ResponseRule,
+    TokenRule,
+)
 from probes.cett import FORMULA_VERSION
 from probes.probe import Probe
 from probes.spans import Pooling
@@ -103,7 +110,9 @@ def make_probe(model: Stack, neurons: int) -> Probe:
         name="stack",
         position="read",
         heads=("token",),
-        token=TokenRule(head="token", **rule),
+        token=TokenRule(
+            head="token", reference=ReferenceRisks(edges=(0.5,), shares=(0.5, 0.5)), **rule
+        ),
         response=ResponseRule(head="token", pooling=Pooling(kind="max"), **rule),
         model=identity,
         training={},

@@ -77,14 +77,14 @@ class ReferenceRisks(Record, frozen=True, kw_only=True):
         return bisect_right(self.edges, risk)
 
 
-class TokenRule(Record, frozen=True, kw_only=True, omit_defaults=True):
+class TokenRule(Record, frozen=True, kw_only=True):
     """How one head's logit of one token becomes the token's risk."""
 
     head: str
     calibration: Calibration
     operating_points: tuple[OperatingPoint, ...]
     default: str  # name of the operating point that is used when a request sets no threshold
-    reference: ReferenceRisks | None = None  # None: published before it was told; drift is unknown
+    reference: ReferenceRisks
 
     def __post_init__(self) -> None:
         _require_operating_points(self.operating_points, self.default)

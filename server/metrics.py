@@ -172,10 +172,9 @@ class Metrics:
                 self._responses.labels(*labels, status)
             for action in ACTIONS:
                 self._actions.labels(*labels, action)
-            if (reference := probe.card.token.reference) is not None:
-                for i, share in enumerate(reference.shares):
-                    self._reference.labels(*labels, f"{i:02}").set(share)
-                    self._binned.labels(*labels, f"{i:02}")
+            for i, share in enumerate(probe.card.token.reference.shares):
+                self._reference.labels(*labels, f"{i:02}").set(share)
+                self._binned.labels(*labels, f"{i:02}")
 
     def probes_reloaded(self, result: str) -> None:
         """`loaded` or `rejected`."""
@@ -231,9 +230,9 @@ class Metrics:
         histogram = self._token_risk.labels(model, probe, suppressed)
         for value in scored:
             histogram.observe(value)
-        reference = plan.probe.card.token.reference
-        if reference is not None and plan.is_calibrated:
-            for bin_, count in Counted(map(reference.bin, scored)).items():
+        if plan.is_calibrated:
+            bins = map(plan.probe.card.token.reference.bin, scored)
+            for bin_, count in Counted(bins).items():
                 self._binned.labels(model, probe, f"{bin_:02}").inc(count)
         for token in tokens:
             # The end of the turn is never read; counting it would hide what really went wrong.

@@ -16,7 +16,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor, nn
 
 from probes.calibration import OperatingPoint, Platt
-from probes.card import ModelIdentity, ProbeCard, ResponseRule, TokenRule
+from probes.card import ModelIdentity, ProbeCard, ReferenceRisks, ResponseRule, TokenRule
 from probes.probe import Probe
 from probes.spans import Pooling
 from server.engines.base import GenerationRequest, Sampling, Step
@@ -171,7 +171,9 @@ def make_probe(identity: ModelIdentity, norms: Tensor, *, name: str, seed: int) 
         name=name,
         position="read",
         heads=("token", "answer"),
-        token=TokenRule(head="token", **rule),
+        token=TokenRule(
+            head="token", reference=ReferenceRisks(edges=(0.5,), shares=(0.5, 0.5)), **rule
+        ),
         response=ResponseRule(head="answer", pooling=Pooling(kind="max"), **rule),
         model=identity,
         training={},

@@ -11,7 +11,14 @@ import transformers as hf
 from torch import nn
 
 from probes.calibration import OperatingPoint, Platt
-from probes.card import SCHEMA_VERSION, ModelIdentity, ProbeCard, ResponseRule, TokenRule
+from probes.card import (
+    SCHEMA_VERSION,
+    ModelIdentity,
+    ProbeCard,
+    ReferenceRisks,
+    ResponseRule,
+    TokenRule,
+)
 from probes.cett import FORMULA_VERSION
 from probes.known_answer import build
 from probes.neurons import FFN, find_ffns
@@ -120,6 +127,7 @@ def make_card() -> Callable[..., ProbeCard]:
                 calibration=Platt(slope=1.5, intercept=-0.5),
                 operating_points=points,
                 default="fpr_5",
+                reference=ReferenceRisks(edges=(0.5,), shares=(0.5, 0.5)),
             ),
             "response": ResponseRule(
                 head="answer",

@@ -15,7 +15,14 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from probes.calibration import OperatingPoint, Platt
-from probes.card import SCHEMA_VERSION, ModelIdentity, ProbeCard, ResponseRule, TokenRule
+from probes.card import (
+    SCHEMA_VERSION,
+    ModelIdentity,
+    ProbeCard,
+    ReferenceRisks,
+    ResponseRule,
+    TokenRule,
+)
 from probes.cett import FORMULA_VERSION, column_norms
 from probes.probe import Probe
 from probes.spans import Pooling
@@ -77,7 +84,13 @@ def make_probe(identity: ModelIdentity, model: LlamaForCausalLM, *, name: str, s
         name=name,
         position="read",
         heads=("token", "answer"),
-        token=TokenRule(head="token", calibration=platt, operating_points=(point,), default="half"),
+        token=TokenRule(
+            head="token",
+            calibration=platt,
+            operating_points=(point,),
+            default="half",
+            reference=ReferenceRisks(edges=(0.5,), shares=(0.5, 0.5)),
+        ),
         response=ResponseRule(
             head="answer",
             pooling=Pooling(kind="max"),
