@@ -255,6 +255,7 @@ CARDS = {
     "id < 0": (("known_answers", 0, "token_ids"), [1, 2, -1], r"must be in \[0, 97\)"),
     "other heads": (("known_answers", 0, "logits"), [[1.0], [1.0], [1.0]], "2 logits per token"),
     "text number": (("schema_version",), "1", "Expected `int`"),
+    "no reference": (("token", "reference"), None, "Expected `object`"),
     "null": (("model",), None, "Expected `object`"),
     "unknown field": (("extra",), 1, "unknown field `extra`"),
     "unknown inner field": (("model", "vendor"), "x", "unknown field `vendor`"),
