@@ -7,7 +7,7 @@ DATA   ?= ../shared/data
 QUESTIONS := wikidata_completions.jsonl:complete:200 wikidata_completions.jsonl:ask:30:200 \
   triviaqa_train.jsonl:answer_only:1000 triviaqa_train.jsonl:ask:300:1000 \
   nq_open_dev.jsonl:answer_only:600 movies.jsonl:ask:400
-.PHONY: help sync check fix test serve bench probe sweep lock vllm-cpu vllm test-vllm
+.PHONY: help sync check fix test serve bench probe ship sweep lock vllm-cpu vllm test-vllm
 help:   ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
 sync: .venv/synced ## make .venv with everything that the lock names
@@ -31,6 +31,8 @@ probe: sync ## train the shipped probe again from the question files in $DATA; a
 	$(BIN)/python -m offline train "$$($(BIN)/python -m server.demo_model)" --out runs/demo \
 	  --name smollm2-135m-instruct --transfer nq_open_dev --transfer movies $(QUESTIONS:%=--questions $(DATA)/%) \
 	  --questions offline/data/ordinary_prompts.jsonl:ordinary
+ship: sync ## put the probe of `make probe` in the place of the shipped one, its figures into the README
+	rm -r probes/fitted/smollm2-135m-instruct && cp -r runs/demo/probe probes/fitted/smollm2-135m-instruct && $(BIN)/python docs/readme.py
 sweep: sync ## what alpha does to the demo model, beside random neurons; an hour
 	$(BIN)/python -m offline sweep "$$($(BIN)/python -m server.demo_model)" --out runs/demo \
 	  --probe probes/fitted/smollm2-135m-instruct --max-tokens 32

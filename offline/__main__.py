@@ -17,94 +17,50 @@ from typing import Annotated
 
 import typer
 
+from offline.options import (
+    Agree,
+    BaseURL,
+    C,
+    DesignName,
+    DeviceMap,
+    Dtype,
+    InFlight,
+    JudgeModel,
+    JudgeName,
+    JudgeURL,
+    License,
+    MaxNeurons,
+    MaxTokens,
+    Model,
+    ModelDtype,
+    Name,
+    Paper,
+    PartOfShards,
+    Position,
+    Questions,
+    Revision,
+    RightPerWrong,
+    Run,
+    Samples,
+    Seed,
+    Solver,
+    Spans,
+    SplitSeed,
+    Temperature,
+    To,
+    TopK,
+    TopP,
+    Transfer,
+    WrongPerRight,
+)
 from offline.run_folder import LOCK, holds_run, locked
 from offline.splits import SPLIT_SEED
+from offline.whole_run import TIMES, in_turn, union_of
 from probes.errors import HNeuronsError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+log = logging.getLogger(__name__)
 
-Model = Annotated[str, typer.Argument(help="hub id or folder of the model")]
-Run = Annotated[Path, typer.Option("--out", help="folder of the run")]
-Questions = Annotated[
-    list[str],
-    typer.Option(
-        "--questions",
-        help="PATH:STYLE[:PER_GROUP[:SKIP]], repeatable; styles: complete, answer_only, ask, "
-        "ordinary",
-    ),
-]
-Revision = Annotated[str | None, typer.Option(help="commit of a hub id, 40 hex digits")]
-BaseURL = Annotated[str | None, typer.Option(help="server to ask (default: start one)")]
-Paper = Annotated[
-    bool,
-    typer.Option(
-        "--paper",
-        help="the paper's rule where nothing else is said: 10 samples of 50 tokens at temperature "
-        "1, top_p .9, top_k 50, all of which agree; as many right as wrong answers",
-    ),
-]
-Samples = Annotated[int | None, typer.Option(min=1, help="answers per question (default 1)")]
-Temperature = Annotated[float | None, typer.Option(min=0, help="0 is greedy (default 0)")]
-TopP = Annotated[float | None, typer.Option(min=0, max=1, help="(default 1)")]
-TopK = Annotated[int | None, typer.Option(min=0, help="0 is off (default 0)")]
-MaxTokens = Annotated[
-    int | None, typer.Option(min=1, help="longest answer (default: by the style of the question)")
-]
-InFlight = Annotated[int, typer.Option(min=1, help="requests at a time")]
-JudgeName = Annotated[
-    str,
-    typer.Option(
-        "--judge",
-        help="alias (whole words), exact, regex; llm: a model behind --judge-url; nli: an "
-        "inference model on this machine",
-    ),
-]
-Spans = Annotated[str, typer.Option(help="how claims are found: rule, or llm")]
-JudgeURL = Annotated[
-    str | None, typer.Option(help="OpenAI-compatible server of llm; its key: $JUDGE_API_KEY")
-]
-JudgeModel = Annotated[
-    str | None, typer.Option(help="as --judge-url names it; for nli a folder or ID[@REVISION]")
-]
-Agree = Annotated[
-    int | None, typer.Option(min=1, help="samples of a question that must agree (default 1)")
-]
-WrongPerRight = Annotated[
-    float | None,
-    typer.Option(min=0, help="wrong answers kept per right one of a group; 0: all (default 1.5)"),
-]
-RightPerWrong = Annotated[float | None, typer.Option(min=0, help="the other way round (default 0)")]
-Position = Annotated[str, typer.Option(help="read or write: which pass a token is scored in")]
-Dtype = Annotated[str, typer.Option(help="of stored features: float16, bfloat16, float32")]
-ModelDtype = Annotated[
-    str, typer.Option(help="of the weights: auto (as saved), float32, bfloat16, float16")
-]
-DeviceMap = Annotated[
-    str | None, typer.Option(help="auto spreads a model over several GPUs (default: one device)")
-]
-PartOfShards = Annotated[
-    str, typer.Option("--part", help="I/N: be the Ith of N processes that share the folder")
-]
-Transfer = Annotated[
-    list[str] | None, typer.Option(help="stem of a question file that is only evaluated on")
-]
-Solver = Annotated[str, typer.Option(help="skglm, or liblinear for small models")]
-MaxNeurons = Annotated[int, typer.Option(min=1, help="neuron budget")]
-DesignName = Annotated[
-    str | None,
-    typer.Option(
-        "--design",
-        help="tokens (default), or the paper's: 1-vs-1 (claims), 3-vs-1 (claims and what stands "
-        "around them; the default with --paper)",
-    ),
-]
-C = Annotated[float, typer.Option(min=1e-6, help="of the paper's designs: liblinear's C")]
-Seed = Annotated[int, typer.Option(help="of sampling")]
-SplitSeed = Annotated[
-    int, typer.Option(help="decides which relations and questions judge the probe, and its folds")
-]
-Name = Annotated[str, typer.Option(help="name of the probe")]
-License = Annotated[str, typer.Option(help="of the probe, as the hub names licences")]
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
@@ -314,7 +270,7 @@ def publish(
     model_dtype: ModelDtype = "auto",
     device_map: DeviceMap = None,
     license: License = "apache-2.0",
-    to: Annotated[Path | None, typer.Option(help="new folder (default: OUT/probe)")] = None,
+    to: To = None,
 ) -> None:
     """Write the folder that `python -m server MODEL --probe FOLDER` loads."""
     from offline import publish as verb
@@ -414,57 +370,24 @@ def report(model: Model, out: Run, revision: Revision = None) -> None:
     write_atomic(out / "report.html", render(verb.Report.load(out / "report.json")).encode())
 
 
-@app.command()
-@holds_run
-def train(
-    model: Model,
-    out: Run,
-    questions: Questions,
-    name: Name,
-    base_url: BaseURL = None,
-    revision: Revision = None,
-    paper: Paper = False,
-    samples: Samples = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    max_tokens: MaxTokens = None,
-    in_flight: InFlight = 32,
-    judge: JudgeName = "alias",
-    spans: Spans = "rule",
-    judge_url: JudgeURL = None,
-    judge_model: JudgeModel = None,
-    agree: Agree = None,
-    wrong_per_right: WrongPerRight = None,
-    right_per_wrong: RightPerWrong = None,
-    position: Position = "read",
-    dtype: Dtype = "float16",
-    model_dtype: ModelDtype = "auto",
-    device_map: DeviceMap = None,
-    license: License = "apache-2.0",
-    transfer: Transfer = None,
-    solver: Solver = "skglm",
-    max_neurons: MaxNeurons = 300,
-    seed: Seed = 0,
-    split_seed: SplitSeed = SPLIT_SEED,
-    design: DesignName = None,
-    c: C = 1.0,
-    to: Annotated[Path | None, typer.Option(help="new folder (default: OUT/probe)")] = None,
-) -> None:
+def train(**given: object) -> None:
     """Every verb in turn: from questions to a probe that a server loads."""
-    collect(
-        model, out, questions, base_url, revision, paper, samples, temperature, top_p, top_k,
-        max_tokens, seed, in_flight, model_dtype,
-    )  # fmt: skip
-    label(
-        model, out, revision, paper, judge, spans, judge_url, judge_model, agree,
-        wrong_per_right, right_per_wrong, in_flight, split_seed, transfer,
-    )  # fmt: skip
-    extract(model, out, revision, position, dtype, model_dtype, device_map)
-    fit(out, transfer, solver, max_neurons, split_seed, paper, design, c)
-    evaluate(out)
-    publish(model, out, name, revision, model_dtype, device_map, license, to)
-    report(model, out, revision)
+    run = given["out"]
+    assert isinstance(run, Path)
+    for stage, seconds in in_turn(STAGES, given, run / TIMES):
+        log.info("%-10s %6.0f s", stage, seconds)
+    probe = given["to"] or run / "probe"
+    print(
+        f"look at {run / 'report.html'}\n"
+        f"serve it: python -m server {given['model']} --probe {probe}\n"
+        f"share it: python -m offline push {probe} ORG/NAME"
+    )
+
+
+STAGES = (collect, label, extract, fit, evaluate, publish, report)
+# Who shares the work of `extract` is no matter of the whole.
+train.__signature__ = union_of(STAGES, without=("part",))  # type: ignore[attr-defined]
+app.command()(holds_run(train))
 
 
 @app.command()

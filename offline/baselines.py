@@ -20,7 +20,7 @@ from offline.metrics import Bools, Floats, rank
 from offline.splits import folds
 
 RANDOM_DRAWS = 20
-PENALTIES = (3.0, 0.3, 0.03, 0.003)  # L2, per example, on standardised features
+PENALTIES = (3.0, 0.3, 0.03, 0.003, 0.0003)  # L2, per example, on standardised features
 BLOCK_ROWS = 4096  # that are read at a time
 
 _LOWER_IS_WORSE = ("logprob_mean", "logprob_min", "logprob_sum")

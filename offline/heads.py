@@ -32,7 +32,7 @@ class HeadSettings(Record, frozen=True, kw_only=True):
     solver: Solver = "skglm"
     screened: int = 4096  # columns that the path sees, by distance of the class means
     strengths: tuple[float, ...] = (0.4, 0.2, 0.12, 0.085, 0.065, 0.05)
-    penalties: tuple[float, ...] = (3.0, 0.3, 0.03, 0.003)  # L2, per example
+    penalties: tuple[float, ...] = (3.0, 0.3, 0.03, 0.003, 0.0003)  # L2, per example
     shares: tuple[tuple[str, float], ...] = (("token", 0.6), ("answer", 0.4))  # of a budget
 
 

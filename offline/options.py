@@ -1,0 +1,95 @@
+"""Options of the command line, each said once: name, type and help; a verb adds its default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="hub id or folder of the model")]
+Run = Annotated[Path, typer.Option("--out", help="folder of the run")]
+Questions = Annotated[
+    list[str],
+    typer.Option(
+        "--questions",
+        help="PATH:STYLE[:PER_GROUP[:SKIP]], repeatable; styles: complete, answer_only, ask, "
+        "ordinary",
+    ),
+]
+Revision = Annotated[str | None, typer.Option(help="commit of a hub id, 40 hex digits")]
+BaseURL = Annotated[str | None, typer.Option(help="server to ask (default: start one)")]
+Paper = Annotated[
+    bool,
+    typer.Option(
+        "--paper",
+        help="the paper's rule where nothing else is said: 10 samples of 50 tokens at temperature "
+        "1, top_p .9, top_k 50, all of which agree; as many right as wrong answers",
+    ),
+]
+Samples = Annotated[int | None, typer.Option(min=1, help="answers per question (default 1)")]
+Temperature = Annotated[float | None, typer.Option(min=0, help="0 is greedy (default 0)")]
+TopP = Annotated[float | None, typer.Option(min=0, max=1, help="(default 1)")]
+TopK = Annotated[int | None, typer.Option(min=0, help="0 is off (default 0)")]
+MaxTokens = Annotated[
+    int | None, typer.Option(min=1, help="longest answer (default: by the style of the question)")
+]
+InFlight = Annotated[int, typer.Option(min=1, help="requests at a time")]
+JudgeName = Annotated[
+    str,
+    typer.Option(
+        "--judge",
+        help="alias (whole words), exact, regex; llm: a model behind --judge-url; nli: an "
+        "inference model on this machine",
+    ),
+]
+Spans = Annotated[str, typer.Option(help="how claims are found: rule, or llm")]
+JudgeURL = Annotated[
+    str | None, typer.Option(help="OpenAI-compatible server of llm; its key: $JUDGE_API_KEY")
+]
+JudgeModel = Annotated[
+    str | None, typer.Option(help="as --judge-url names it; for nli a folder or ID[@REVISION]")
+]
+Agree = Annotated[
+    int | None, typer.Option(min=1, help="samples of a question that must agree (default 1)")
+]
+WrongPerRight = Annotated[
+    float | None,
+    typer.Option(min=0, help="wrong answers kept per right one of a group; 0: all (default 1.5)"),
+]
+RightPerWrong = Annotated[float | None, typer.Option(min=0, help="the other way round (default 0)")]
+Position = Annotated[str, typer.Option(help="read or write: which pass a token is scored in")]
+Dtype = Annotated[str, typer.Option(help="of stored features: float16, bfloat16, float32")]
+ModelDtype = Annotated[
+    str, typer.Option(help="of the weights: auto (as saved), float32, bfloat16, float16")
+]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="auto spreads a model over several GPUs (default: one device)")
+]
+PartOfShards = Annotated[
+    str, typer.Option("--part", help="I/N: be the Ith of N processes that share the folder")
+]
+Transfer = Annotated[
+    list[str] | None, typer.Option(help="stem of a question file that is only evaluated on")
+]
+Solver = Annotated[str, typer.Option(help="skglm, or liblinear for small models")]
+MaxNeurons = Annotated[int, typer.Option(min=1, help="neuron budget")]
+DesignName = Annotated[
+    str | None,
+    typer.Option(
+        "--design",
+        help="tokens (default), or the paper's: 1-vs-1 (claims), 3-vs-1 (claims and what stands "
+        "around them; the default with --paper)",
+    ),
+]
+C = Annotated[float, typer.Option(min=1e-6, help="of the paper's designs: liblinear's C")]
+Seed = Annotated[int, typer.Option(help="of sampling")]
+SplitSeed = Annotated[
+    int, typer.Option(help="decides which relations and questions judge the probe, and its folds")
+]
+Name = Annotated[str, typer.Option(help="name of the probe")]
+License = Annotated[str, typer.Option(help="of the probe, as the hub names licences")]
+To = Annotated[
+    Path | None,
+    typer.Option("--to", help="new folder (default: OUT/probe)"),
+]
