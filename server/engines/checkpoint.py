@@ -70,8 +70,9 @@ def load_tokenizer(model_path: Path | str, *, revision: str | None) -> PreTraine
     return tokenizer
 
 
-def refuse_code(model_path: Path | str, *, revision: str | None) -> None:
-    """A model repository holds weights; one that wants to run code, or to be merged, is refused."""
+def refuse_unreadable(model_path: Path | str, *, revision: str | None) -> None:
+    """ModelError unless the repository holds plain weights and nothing else: no code, no adapter,
+    nothing quantised."""
     folder = Path(model_path)
     if folder.is_dir():
         scripts = sorted(path.name for path in folder.glob("*.py"))
@@ -89,6 +90,13 @@ def refuse_code(model_path: Path | str, *, revision: str | None) -> None:
         raise ModelError(
             f"{model_path} wants its own code to be run (auto_map), which is never done: use a "
             f"model that transformers knows by itself"
+        )
+    text = config.get("text_config") or {}
+    if quantised := config.get("quantization_config") or text.get("quantization_config"):
+        raise ModelError(
+            f"{model_path} is quantised ({quantised.get('quant_method', 'unknown method')}); that "
+            f"its neurons are those of the checkpoint is proven for no method: use the weights in "
+            f"bfloat16, float16 or float32"
         )
 
 

@@ -26,7 +26,7 @@ from server.engines.checkpoint import (
     load_tokenizer,
     load_weights,
     match_all,
-    refuse_code,
+    refuse_unreadable,
 )
 from server.engines.transformers import TransformersEngine
 
@@ -62,7 +62,7 @@ def load_transformers_engine(
 
     Raises ModelError, or ProbeMismatchError when a probe belongs to another model.
     """
-    refuse_code(model_path, revision=revision)
+    refuse_unreadable(model_path, revision=revision)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = _load_model(model_path, revision, dtype)
     model.to(place)  # type: ignore[arg-type]  # wrapped by a decorator that loses `self`

@@ -94,6 +94,12 @@ class Reference:
 
     def logits(self, token_ids: Sequence[int], probe: Probe, alpha: float) -> Tensor:
         """[tokens, heads]: bias + sum of weight * |z| * ||column|| / (||h|| + 1e-8)."""
+        return self.read(token_ids, probe, alpha)[0]
+
+    def read(
+        self, token_ids: Sequence[int], probe: Probe, alpha: float
+    ) -> tuple[Tensor, list[int]]:
+        """The probe's logits of every token, and the token that the model would write after it."""
         z: dict[int, Tensor] = {}
         length: dict[int, Tensor] = {}
         handles = []
@@ -118,7 +124,7 @@ class Reference:
                 down.register_forward_hook(after),
             ]
         with torch.inference_mode():
-            self.model(torch.tensor([list(token_ids)]))
+            written = self.model(torch.tensor([list(token_ids)])).logits[0].argmax(-1).tolist()
         for handle in handles:
             handle.remove()
         norms = self.norms()
@@ -129,7 +135,7 @@ class Reference:
             size = z[layer][:, neuron].double().abs() * norms[layer, neuron]
             share = size / (length[layer] + 1e-8)
             total += share[:, None] * weight
-        return total
+        return total, written
 
 
 def make_folder(family: Family, folder: Path, dtype: str) -> None:
@@ -233,7 +239,9 @@ def worst_difference(
     served: Sequence[Sequence[Step]],
     scored: Sequence[Tensor],
 ) -> float:
-    """Largest |logit - expected|; fails where a reading is missing or misplaced."""
+    """Largest |logit - expected|; fails where a reading is missing or misplaced, or where a greedy
+    token in float32 is not the reference's.
+    """
     by_name = {probe.card.name: probe for probe in probes}
     worst = 0.0
     for request, steps, scores in zip(requests, served, scored, strict=True):
@@ -243,7 +251,9 @@ def worst_difference(
         ended_by_length = steps[-1].finish_reason == "length"
         last = len(tokens) - (1 if ended_by_length and request.read_last else 2)
         assert positions == list(range(first, last + 1))
-        expected = reference.logits(tokens, by_name[request.probe or ""], request.alpha)
+        expected, greedy = reference.read(tokens, by_name[request.probe or ""], request.alpha)
+        if request.sampling.temperature == 0 and reference.model.dtype == torch.float32:
+            assert list(tokens[first + 1 :]) == greedy[first:-1]
         logits = torch.tensor([step.reading.logits for step in steps if step.reading])
         worst = max(worst, float((logits - expected[first : last + 1]).abs().max()))
         worst = max(worst, float((scores - expected).abs().max()))

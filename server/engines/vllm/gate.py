@@ -85,7 +85,6 @@ def refuse(config: VllmConfig) -> None:
     )
     compilation = config.compilation_config.mode
     reasons = {
-        "--enforce-eager (or compilation mode NONE)": not compilation,
         "--tensor-parallel-size above 1": parallel.tensor_parallel_size > 1,
         "--pipeline-parallel-size above 1": parallel.pipeline_parallel_size > 1,
         "--data-parallel-size above 1 (run several servers behind a balancer)": (
@@ -102,6 +101,10 @@ def refuse(config: VllmConfig) -> None:
         "model runner V2 (set VLLM_USE_V2_MODEL_RUNNER=0)": config.use_v2_model_runner,
         "--runner other than generate": model.runner_type != "generate",
         "--stream-interval above 1": scheduler.stream_interval > 1,
+        # Last: LoRA on CPUs switches compiling off, too.
+        "--enforce-eager (or a compilation mode that does not mark what it compiles)": (
+            compilation.name not in ("DYNAMO_TRACE_ONCE", "VLLM_COMPILE")
+        ),
     }
     for option, is_set in reasons.items():
         if is_set:

@@ -118,7 +118,22 @@ def find_layers(model: nn.Module, plan: MeterPlan) -> dict[int, nn.Module]:
                 f"{number}, found {names}; its neurons cannot be read"
             )
         _refuse_other_layer(*candidates[0], plan)
+        _refuse_uncompiled(model, candidates[0][0])
     return {number: found[number][0][1] for number in plan.layers}
+
+
+def _refuse_uncompiled(model: nn.Module, layer: str) -> None:
+    """vLLM compiles the modules that it has marked, and runs others operation by operation."""
+    compiled = (
+        name
+        for name, module in model.named_modules()
+        if not getattr(module, "do_not_compile", True)
+    )
+    if not any(layer.startswith(f"{name}.") or not name for name in compiled):
+        raise ModelError(
+            f"vLLM does not compile the part of {type(model).__name__} that holds {layer}; "
+            f"the meter is not proven in a model that runs uncompiled: use --engine transformers"
+        )
 
 
 def _refuse_other_layer(name: str, layer: Any, plan: MeterPlan) -> None:

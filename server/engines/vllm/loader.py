@@ -23,10 +23,11 @@ from server.engines.checkpoint import (
     load_tokenizer,
     load_weights,
     match_all,
-    refuse_code,
+    refuse_unreadable,
 )
 from server.engines.vllm.gate import check_signatures, check_version, refuse
 from server.engines.vllm.plan import MeterPlan
+from server.engines.vllm.refusal import hearing_why
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,7 +75,7 @@ def load_vllm_engine(
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     check_signatures()
-    refuse_code(model_path, revision=revision)
+    refuse_unreadable(model_path, revision=revision)
     tokenizer = load_tokenizer(model_path, revision=revision)
     found, ends = _identity_of(model_path, tokenizer, model_id, revision=revision, dtype=dtype)
     match_all(probes, found)
@@ -163,7 +164,8 @@ def _start(arguments: AsyncEngineArgs, plan: MeterPlan | None) -> AsyncLLM:
             refuse(config)
             if plan is not None:
                 config.additional_config = plan
-            return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+            with hearing_why():
+                return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
         except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ModelError(f"vLLM did not start: {reason}") from error

@@ -26,6 +26,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from probes.errors import ModelError
 from server.engines.vllm.meter import Pending, Readings, WorkerMeter
 from server.engines.vllm.plan import EXTRA_ARGS_KEY, MeterPlan, Order
+from server.engines.vllm.refusal import leaving_why
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
@@ -40,7 +41,17 @@ class MeteredWorker(_Worker):
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         _leave_interrupts_to_the_server()
-        super().load_model(load_dummy_weights=load_dummy_weights)
+        with leaving_why():
+            super().load_model(load_dummy_weights=load_dummy_weights)
+            self._meter()
+
+    def determine_available_memory(self) -> int:
+        """Where the model is compiled, and a cache that does not fit is refused."""
+        with leaving_why():
+            free: int = super().determine_available_memory()
+            return free
+
+    def _meter(self) -> None:
         plan = self.vllm_config.additional_config
         if not isinstance(plan, MeterPlan):
             raise ModelError("a metered worker was started without a plan of what to read")

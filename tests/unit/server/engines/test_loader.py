@@ -71,6 +71,14 @@ def test_an_adapter_is_refused(folder):
         load(folder)
 
 
+@pytest.mark.parametrize("method", ["fp8", "awq", "gptq", "bitsandbytes"])
+def test_a_quantised_checkpoint_is_refused(folder, method):
+    """Its columns are not those that the probe was fitted on, to a degree that nobody measured."""
+    edit(folder / "config.json", quantization_config={"quant_method": method, "bits": 4})
+    with pytest.raises(ModelError, match=rf"is quantised \({method}\)"):
+        load(folder)
+
+
 def test_a_checkpoint_with_missing_weights_is_refused(folder):
     """transformers fills them with random numbers and a warning."""
     weights = load_file(folder / "model.safetensors")
