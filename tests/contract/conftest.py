@@ -9,11 +9,14 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import httpx
 import pytest
 import uvicorn
+from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from server.app import create_app
 from server.engines.fake import FakeEngine
@@ -127,3 +130,52 @@ def live() -> Iterator[Live]:
     server.should_exit = True
     thread.join(30)
     assert not thread.is_alive()
+
+
+class Collector(HTTPServer):
+    """An OpenTelemetry collector that keeps what is sent to it."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.received: list[tuple[str, bytes]] = []
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1/traces"
+
+    @property
+    def spans(self) -> list[Any]:
+        messages = [ExportTraceServiceRequest.FromString(b) for b in self._bodies("/v1/traces")]
+        scopes = [s for m in messages for r in m.resource_spans for s in r.scope_spans]
+        return [span for scope in scopes for span in scope.spans]
+
+    @property
+    def events(self) -> list[Any]:
+        messages = [ExportLogsServiceRequest.FromString(b) for b in self._bodies("/v1/logs")]
+        scopes = [s for m in messages for r in m.resource_logs for s in r.scope_logs]
+        return [record for scope in scopes for record in scope.log_records]
+
+    def _bodies(self, path: str) -> list[bytes]:
+        return [body for where, body in self.received if where == path]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        length = int(self.headers["content-length"])
+        self.server.received.append((self.path, self.rfile.read(length)))  # type: ignore[attr-defined]
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    with Collector() as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()

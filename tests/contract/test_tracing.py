@@ -2,64 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
-
-import pytest
-from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from server.engines.fake import FakeEngine
 from server.tracing import Tracing
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
-
-
-class Collector(HTTPServer):
-    """Keeps what is sent to it."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.received: list[tuple[str, bytes]] = []
-
-    @property
-    def spans(self) -> list[Any]:
-        messages = [ExportTraceServiceRequest.FromString(b) for b in self._bodies("/v1/traces")]
-        scopes = [s for m in messages for r in m.resource_spans for s in r.scope_spans]
-        return [span for scope in scopes for span in scope.spans]
-
-    @property
-    def events(self) -> list[Any]:
-        messages = [ExportLogsServiceRequest.FromString(b) for b in self._bodies("/v1/logs")]
-        scopes = [s for m in messages for r in m.resource_logs for s in r.scope_logs]
-        return [record for scope in scopes for record in scope.log_records]
-
-    def _bodies(self, path: str) -> list[bytes]:
-        return [body for where, body in self.received if where == path]
-
-
-class _Handler(BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
-        length = int(self.headers["content-length"])
-        self.server.received.append((self.path, self.rfile.read(length)))  # type: ignore[attr-defined]
-        self.send_response(200)
-        self.send_header("content-length", "0")
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def collector() -> Iterator[Collector]:
-    with Collector() as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
 
 
 def attributes(item: Any) -> dict[str, Any]:
@@ -71,11 +19,11 @@ def attributes(item: Any) -> dict[str, Any]:
 
 
 async def test_an_answer_is_a_span_with_one_evaluation_event_per_choice(
-    open_wire: Any, collector: Collector
+    open_wire: Any, collector: Any
 ) -> None:
     """Which probe said what must be found from the trace of the application that asked."""
     engine = FakeEngine()
-    tracing = Tracing(f"http://127.0.0.1:{collector.server_port}/v1/traces")
+    tracing = Tracing(collector.endpoint)
     async with open_wire(engine, recorders=(tracing,)) as wire:
         wire.http.headers["traceparent"] = f"00-{TRACE}-{PARENT}-01"
         answer = (await wire.chat("canary 1969", risk=True, n=2)).json()

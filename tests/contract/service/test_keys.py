@@ -1,11 +1,10 @@
-"""A guarded server from outside: nothing without a key, and nothing of a key or prompt comes out.
+"""A guarded server from outside: nothing without a key.
 
-R08 every route and trick, R09 hostile keys, R11 what is absent, R40 the canaries.
+R08 every route and trick, R09 hostile keys, R11 what is absent.
 """
 
 from __future__ import annotations
 
-import json
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,8 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-KEY = "sk-CANARY-key-9d2c"
-PROMPT = "CANARY-prompt-51fe"
+KEY = "sk-secret-9d2c"
 OPEN = {"/livez", "/readyz"}
 ROUTES = [
     ("POST", "/v1/chat/completions"),
@@ -155,61 +153,6 @@ def test_a_known_key_opens_everything_that_is_there(guarded: Any, key: str) -> N
         assert guarded.client.get(path, headers=bearer(key)).status_code == 200
     for path in ("/openapi.json", "/docs", "/redoc", "/", "/playground/main.js"):
         assert guarded.client.get(path, headers=bearer(key)).status_code == 404
-
-
-def test_no_canary_comes_out(guarded: Any, answer: Callable[..., bytes]) -> None:
-    """Prevents: R40, a prompt, an answer or a key in a log, a metric or an error."""
-    chat = {"model": "m", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 99}
-    out: list[str] = []
-    for body in (
-        {**chat, "risk": {"alpha": 9}},
-        {**chat, "risk": {PROMPT: 1}},
-        {**chat, "temperature": PROMPT},
-        {**chat, "model": PROMPT},
-        {**chat, "messages": [{"role": PROMPT, "content": "x"}]},
-        {**chat, "messages": [{"role": "user", "content": f"[fail:1] {PROMPT}"}]},
-    ):
-        response = guarded.client.post("/v1/chat/completions", json=body, headers=bearer(KEY))
-        assert response.status_code >= 400
-        # A field's own name may come back, when it is short and plain: the client must find it.
-        if PROMPT not in body.get("risk", {}):
-            out.append(response.text)
-    for stream in (False, True):
-        for prompt in (PROMPT, f"[nan:2] {PROMPT}", f"[fail:3] {PROMPT}"):
-            body = {**chat, "messages": [{"role": "user", "content": prompt}], "stream": stream}
-            body["risk"] = True
-            guarded.client.post("/v1/chat/completions", json=body, headers=bearer(KEY))
-    broken = json.dumps(chat).encode()[:-1]
-    for headers in ({**bearer(KEY), "content-type": "application/json"}, bearer(KEY), {}):
-        response = guarded.client.post("/v1/risk", content=broken, headers=headers)
-        out.append(response.text)
-    guarded.client.get(
-        f"/{PROMPT}?key={KEY}", headers={**bearer(KEY), "x-request-id": PROMPT + "!"}
-    )
-    guarded.client.get(f"/v1/models/{PROMPT}", headers={"authorization": f"Basic {KEY}"})
-    with guarded.raw(f"GET /{PROMPT} HTTP/9 {KEY}\r\n\r\n".encode()) as sock:
-        out.append(answer(sock).decode())
-    out.append(guarded.client.get("/metrics", headers=bearer(KEY)).text)
-    log = guarded.log.read_text()
-    assert len(log.splitlines()) > 10
-    for text in (*out, log, guarded.ready_line):
-        assert "CANARY" not in text
-    for line in log.splitlines():
-        json.loads(line)
-
-
-def test_labels_are_a_closed_set(guarded: Any) -> None:
-    """Prevents: R40, a series per name that a client makes up."""
-    headers = bearer(KEY)
-    before = guarded.client.get("/metrics", headers=headers).text.count("\n")
-    for i in range(200):
-        body = {"model": f"made-up-{i}", "messages": [{"role": "user", "content": "x"}]}
-        body["user"] = f"user-{i}"
-        guarded.client.post("/v1/chat/completions", json=body, headers=headers)
-        guarded.client.get(f"/made-up-{i}", headers=headers)
-    page = guarded.client.get("/metrics", headers=headers).text
-    assert "made-up" not in page
-    assert page.count("\n") - before <= 2
 
 
 def test_a_page_with_keys_is_open_and_its_api_is_not(start_server: Any) -> None:
