@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 from offline.options import (
@@ -24,6 +25,7 @@ from offline.options import (
     DesignName,
     DeviceMap,
     Dtype,
+    Given,
     InFlight,
     JudgeModel,
     JudgeName,
@@ -181,19 +183,21 @@ def extract(
     dtype: Dtype = "float16",
     model_dtype: ModelDtype = "auto",
     device_map: DeviceMap = None,
+    given: Given = None,
     part: PartOfShards = "1/1",
 ) -> None:
     """Read every neuron at every token of the labelled answers."""
     from offline import extract as verb
+    from offline.given_text import given_texts
     from offline.models import load_model, load_tokenizer
-    from offline.records import Answer, Label, read_records, sha256
+    from offline.records import Answer, Label, read_records, sha256, write_records
 
     share = verb.Part.parse(part)
     with locked(out, LOCK if share == verb.EVERY_SHARD else f"{LOCK}-part-{share.first}"):
         tokenizer = load_tokenizer(model, revision=revision)
         header, answers = read_records(out / "answers.jsonl", Answer)
         tokenizer.check(header, out / "answers.jsonl")
-        _, labels = read_records(out / "labels.jsonl", Label)
+        said, labels = read_records(out / "labels.jsonl", Label)
         loaded = load_model(
             model,
             revision=revision,
@@ -201,18 +205,25 @@ def extract(
             dtype=model_dtype,
             device_map=device_map,
         )
-        verb.extract(
-            loaded.model,
-            verb.make_items(answers, labels, end_tokens=loaded.end_tokens),
-            out / "features",
-            header=verb.features_header(
-                loaded.identity,
-                verb.parse_position(position),
-                sha256(out / "labels.jsonl"),
-                dtype=dtype,
-            ),
-            part=share,
-        )
+        sets = {"labels.jsonl": verb.make_items(answers, labels, end_tokens=loaded.end_tokens)}
+        if given:
+            texts = given_texts(given, tokenizer.tokenizer, seed=int(said.settings["split_seed"]))
+            made = msgspec.structs.replace(header, kind="given", settings={})
+            write_records(out / "given.jsonl", made, texts)
+            sets["given.jsonl"] = [text.item() for text in texts]
+        for name, items in sets.items():
+            verb.extract(
+                loaded.model,
+                items,
+                out / verb.FOLDERS[name],
+                header=verb.features_header(
+                    loaded.identity,
+                    verb.parse_position(position),
+                    sha256(out / name),
+                    dtype=dtype,
+                ),
+                part=share,
+            )
 
 
 @app.command()
@@ -252,12 +263,14 @@ def evaluate(out: Run) -> None:
     from offline import evaluate as verb
     from offline.dataset import load_dataset
     from offline.fit import FitResult
+    from offline.given_rows import load_given
 
     result = FitResult.load(out / "fit.json")
     data = load_dataset(
         out, transfer=frozenset(result.settings.transfer), seed=result.settings.seed
     )
-    verb.evaluate(data, result).save(out / "evaluation.json")
+    given = load_given(out, like=data.features.header)
+    verb.evaluate(data, result, given).save(out / "evaluation.json")
 
 
 @app.command()

@@ -13,7 +13,7 @@ import numpy as np
 from offline.dataset import Dataset
 from offline.examples import answer_means, token_rows
 from offline.extract import WHOLE, Kind
-from offline.features import FloatArray, IntArray
+from offline.features import Features, FloatArray, IntArray
 from offline.fit import FitResult
 from offline.l1_path import standardise
 from offline.metrics import Bools, Floats, rank
@@ -37,19 +37,23 @@ class _Fitted(NamedTuple):
         return scores
 
 
-def token_detectors(data: Dataset, result: FitResult, rows: IntArray) -> dict[str, Floats]:
-    """Name -> score of each of `rows`; the probe's token head first."""
+def token_detectors(
+    data: Dataset, result: FitResult, rows: IntArray, asked: Features | None = None
+) -> dict[str, Floats]:
+    """Name -> score of each of `rows`, which are those of `asked` (default: of the data); the
+    probe's token head first. All are fitted on the data."""
     features = data.features
+    asked = asked or features
     fitted, weight = token_rows(data, result.settings)
     wrong, units = features.kind[fitted] == Kind.WRONG, data.unit[fitted].tolist()
     detectors = {
-        "probe": result.chosen.logits(features, rows)[:, 0],
-        "-logprob": -features.logprob[rows].astype(np.float64),
-        "entropy": features.entropy[rows].astype(np.float64),
+        "probe": result.chosen.logits(asked, rows)[:, 0],
+        "-logprob": -asked.logprob[rows].astype(np.float64),
+        "entropy": asked.entropy[rows].astype(np.float64),
     }
     for layer in features.header.residual_layers:
         model = _dense(features.residual(fitted, layer), wrong, units, weight=weight)
-        detectors[f"residual layer {layer}, dense"] = model.read(features.residual(rows, layer))
+        detectors[f"residual layer {layer}, dense"] = model.read(asked.residual(rows, layer))
     return detectors
 
 

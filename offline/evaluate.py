@@ -29,6 +29,7 @@ from offline.domains import Place, alone, places
 from offline.extract import Kind
 from offline.features import IntArray
 from offline.fit import JUDGED, POOLINGS, FitResult, claim_means, mixture, pooled, response_mixture
+from offline.given_rows import Given, given_rows
 from offline.metrics import Floats
 from offline.records import Record, read_bytes, write_atomic
 from offline.tables import CALIBRATION, drawn, figure, flagged, ranked, table
@@ -67,8 +68,9 @@ class Evaluation(Record, frozen=True, kw_only=True):
         write_atomic(path, msgspec.json.encode(self))
 
 
-def evaluate(data: Dataset, result: FitResult) -> Evaluation:
-    """Everything on part `test`; every source, those of part `transfer` too, on its own."""
+def evaluate(data: Dataset, result: FitResult, given: Given | None = None) -> Evaluation:
+    """Everything on part `test`; every source, those of part `transfer` too, on its own; and on the
+    texts of others."""
     held_out = np.flatnonzero(np.isin(data.part, ("test", "transfer")))
     logits = np.full((len(data.part), len(result.chosen.heads)), np.nan)
     logits[held_out] = result.chosen.logits(data.features, held_out)  # nan: must not be asked for
@@ -80,6 +82,7 @@ def evaluate(data: Dataset, result: FitResult) -> Evaluation:
     found += _tokens(data, result)
     found += _flagged_tokens(data, result, logits[:, 0])
     found += _claims(data, logits[:, 0])
+    found += given_rows(data, result, given) if given else ()
     found += _responses(data, result, logits[:, result.response_head])
     found += _poolings(data, result, logits)
     rows = tuple(row for row in found if isinstance(row, EvaluationRow))

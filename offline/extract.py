@@ -38,6 +38,7 @@ TOKENS_PER_PASS = 2048
 PADDING = 256  # slots per pass, at most, that hold no token
 SHARD_BYTES = 2**29  # of its CETT; as much memory is taken while it is made
 SHARD_KEY = "shard"
+FOLDERS = {"labels.jsonl": "features", "given.jsonl": "features-given"}  # of what
 WHOLE = ("logprob_mean", "logprob_min", "logprob_sum", "entropy_mean", "entropy_max", "length")
 
 

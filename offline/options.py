@@ -69,6 +69,14 @@ DeviceMap = Annotated[
 PartOfShards = Annotated[
     str, typer.Option("--part", help="I/N: be the Ith of N processes that share the folder")
 ]
+Given = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--given",
+        help="PATH:KIND[:MOST], repeatable: texts of others that the token head is tested on; "
+        "kinds: facts (a question file), halueval, refchecker",
+    ),
+]
 Transfer = Annotated[
     list[str] | None, typer.Option(help="stem of a question file that is only evaluated on")
 ]

@@ -10,15 +10,16 @@ import codecs
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
 from offline.records import RecordError
 
 MAX_ROW_BYTES = 1_000_000
+T = TypeVar("T", bound=msgspec.Struct)
 _MARKS = (
     (codecs.BOM_UTF8, "UTF-8"),
     (codecs.BOM_UTF16_LE, "UTF-16"),
@@ -148,6 +149,25 @@ def check_unique(questions: Sequence[Question]) -> None:
 def _read_rows(path: Path) -> list[Row]:
     rows: list[Row] = []
     seen: set[str] = set()
+    for number, row in json_lines(path, Row):
+        if bool(row.prompt) == bool(row.question and row.answers):
+            raise RecordError(
+                f"{path}, line {number} ({row.id!r}): needs a question with at least one answer, "
+                f"or a prompt"
+            )
+        if not all(answer.strip() for answer in row.answers):
+            raise RecordError(f"{path}, line {number} ({row.id!r}): an accepted answer is empty")
+        if row.id in seen:
+            raise RecordError(f"{path}, line {number}: id {row.id!r} stands there twice")
+        seen.add(row.id)
+        rows.append(row)
+    if not rows:
+        raise RecordError(f"{path} holds no question")
+    return rows
+
+
+def json_lines(path: Path, kind: type[T]) -> Iterator[tuple[int, T]]:
+    """`(line number, row)` of somebody's JSON Lines file; RecordError names the line."""
     try:
         body = path.read_bytes()
     except OSError as exc:
@@ -167,23 +187,10 @@ def _read_rows(path: Path) -> list[Row]:
                 f"is this a JSON Lines file?"
             )
         try:
-            row = msgspec.json.decode(line, type=Row)
+            row = msgspec.json.decode(line, type=kind)
         except (msgspec.DecodeError, UnicodeDecodeError) as exc:
             raise RecordError(f"{path}, line {number}: {exc}") from exc
-        if bool(row.prompt) == bool(row.question and row.answers):
-            raise RecordError(
-                f"{path}, line {number} ({row.id!r}): needs a question with at least one answer, "
-                f"or a prompt"
-            )
-        if not all(answer.strip() for answer in row.answers):
-            raise RecordError(f"{path}, line {number} ({row.id!r}): an accepted answer is empty")
-        if row.id in seen:
-            raise RecordError(f"{path}, line {number}: id {row.id!r} stands there twice")
-        seen.add(row.id)
-        rows.append(row)
-    if not rows:
-        raise RecordError(f"{path} holds no question")
-    return rows
+        yield number, row
 
 
 def shuffle_key(text: str) -> str:

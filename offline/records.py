@@ -38,7 +38,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class Header(Record, frozen=True, kw_only=True):
     """First line of every file: what made it. A verb refuses input made with another model."""
 
-    kind: Literal["answers", "labels", "replies", "sweep"]
+    kind: Literal["answers", "labels", "given", "replies", "sweep"]
     model_id: str  # for people, not compared: a folder and a hub id may hold the same model
     tokenizer_sha256: str
     chat_template_sha256: str

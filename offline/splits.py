@@ -56,7 +56,7 @@ def assign(
         if answer.source in transfer:
             parts[answer.id] = "excluded" if _plain(answer) in asked else "transfer"
         elif answer.gold:
-            parts[answer.id] = _home(units[answer.id], seed)
+            parts[answer.id] = home(units[answer.id], seed)
         else:
             if answer.split not in _OWN_SPLITS:
                 raise RecordError(
@@ -90,14 +90,15 @@ def folds(units: Sequence[str], count: int, *, seed: int) -> list[int]:
     """
     sizes = Counter(units)
     filled = [0] * count
-    home: dict[str, int] = {}
+    fold_of: dict[str, int] = {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], _draw(name, seed))):
-        home[name] = min(range(count), key=lambda fold: filled[fold])
-        filled[home[name]] += sizes[name]
-    return [home[name] for name in units]
+        fold_of[name] = min(range(count), key=lambda fold: filled[fold])
+        filled[fold_of[name]] += sizes[name]
+    return [fold_of[name] for name in units]
 
 
-def _home(unit: str, seed: int) -> Part:
+def home(unit: str, seed: int) -> Part:
+    """The part of a unit that has accepted answers."""
     return "test" if _draw(unit, seed) < TEST_SHARE else "fit"
 
 

@@ -44,6 +44,26 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts with one right and one wrong fact each, in the form of RefChecker."""
+    rows = [
+        {
+            "id": f"g{i}",
+            "question": f"Tell me about e{i}",
+            "response": f" The r{i} of e{i} is {RIGHT[i % 4]}. The r{i} of e{i} is {WRONG[i % 4]}.",
+            "triplets": [
+                {"triplet": [f"e{i}", "is", RIGHT[i % 4]], "human_label": "Entailment"},
+                {"triplet": [f"e{i}", "is", WRONG[i % 4]], "human_label": "Contradiction"},
+            ],
+        }
+        for i in range(20)
+    ]
+    path = tmp_path_factory.mktemp("given") / "given.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_model(questions: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a Llama that answers half of the questions wrongly."""
     facts, prompts = questions

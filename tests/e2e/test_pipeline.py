@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from offline import metrics
 from offline.__main__ import app
+from offline.evaluate import Evaluation
 from offline.extract import Kind
 from offline.features import load_features
 from offline.fit import FitResult
@@ -37,13 +38,17 @@ from probes.tap import Meter
 
 @pytest.fixture(scope="module")
 def run(
-    tiny_model: Path, questions: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+    tiny_model: Path,
+    questions: tuple[Path, Path],
+    given: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """The folder of one finished run of `train`."""
     facts, prompts = questions
     out = tmp_path_factory.mktemp("run") / "tiny"
     arguments = ["train", str(tiny_model), "--out", str(out), "--name", "tiny"]
     arguments += ["--questions", f"{facts}:complete", "--questions", f"{prompts}:ordinary"]
+    arguments += ["--given", f"{given}:refchecker"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "RESAMPLES", 20)  # the intervals are not what is tested here
         result = CliRunner().invoke(app, [*arguments, "--solver", "liblinear"])
@@ -72,6 +77,22 @@ def test_the_features_hold_every_token_once(run: Path) -> None:
     _, labels = read_records(run / "labels.jsonl", Label)
     wanted = sum(len(label.tokens) for label in used(labels) if label.verdict == "wrong")
     assert int((features.kind == Kind.WRONG).sum()) == wanted
+
+
+def test_facts_of_given_texts_are_judged_beside_what_is_free(run: Path) -> None:
+    """That the rows are of the right tokens is tested with planted neurons (test_fit.py)."""
+    rows = Evaluation.load(run / "evaluation.json").rows
+    for level in ("facts", "tokens"):
+        name = f"given text, {level}: RefChecker, contradicted against entailed objects"
+        found = {(r.detector, r.metric): r for r in rows if r.dataset == name}
+        assert found["probe", "auroc"].n == 40
+        assert ("-logprob", "auroc_within_units") in found
+
+
+def test_the_seconds_of_each_verb_are_kept(run: Path) -> None:
+    assert list(json.loads((run / "times.json").read_bytes())) == [
+        "collect", "label", "extract", "fit", "evaluate", "publish", "report",
+    ]  # fmt: skip
 
 
 def test_the_probe_loads_matches_and_reads_what_it_recorded(run: Path, tiny_model: Path) -> None:

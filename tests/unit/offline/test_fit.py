@@ -30,11 +30,13 @@ from offline.fit import (
     pooled,
     train_design,
 )
+from offline.given_rows import Given, given_rows
+from offline.given_text import Fact, GivenText
 from offline.heads import LOGIT_SPREAD, HeadSettings, weigh
 from offline.l1_path import l1_path, standardise
 from offline.records import Answer, Label, RecordError
 from probes.calibration import calibrate
-from probes.card import ModelIdentity
+from probes.card import EvaluationRow, ModelIdentity
 from probes.cett import FORMULA_VERSION
 
 MakeAnswer = Callable[..., Answer]
@@ -97,6 +99,27 @@ def test_the_probe_holds_the_planted_neurons_and_ranks_wrong_above_right(data: D
     assert metrics.rank(wrong, score) > 0.9
     risk = calibrate(result.response, score)
     assert risk[wrong].mean() > risk[~wrong].mean() + 0.2
+
+
+def test_given_facts_are_ranked_by_their_own_tokens(data: Dataset) -> None:
+    """Answers of the data as texts of somebody: the last of five tokens is a fact, and planted
+    neurons tell; log-probability, which is noise here, does not."""
+    texts = {
+        id: GivenText(
+            id=id, kind="planted", prompt_token_ids=(), token_ids=(),
+            facts=() if label.verdict == "ordinary"
+            else (Fact(tokens=(3, 4), wrong=label.hallucinated),),
+        )
+        for id, label in zip(data.features.ids, data.labels, strict=True)
+    }  # fmt: skip
+    kind = data.features.kind.copy()
+    kind[np.flatnonzero(np.isin(kind, (Kind.RIGHT, Kind.WRONG))) - 1] = Kind.RIGHT
+    given = Given(texts, dataclasses.replace(data.features, kind=kind))
+    rows = [r for r in given_rows(data, fit(data, SETTINGS), given) if isinstance(r, EvaluationRow)]
+    found = {(r.dataset, r.detector): r.value for r in rows if r.metric == "auroc"}
+    assert found["given text, facts: planted", "probe"] > 0.95
+    assert 0.6 < found["given text, tokens: planted", "probe"] < 0.9  # half of them are scaffold
+    assert 0.35 < found["given text, facts: planted", "-logprob"] < 0.65
 
 
 def test_nothing_of_the_test_part_reaches_the_result(data: Dataset) -> None:
