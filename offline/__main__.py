@@ -11,9 +11,10 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
@@ -21,6 +22,7 @@ import typer
 from offline.options import (
     Agree,
     BaseURL,
+    BestOf,
     C,
     DesignName,
     DeviceMap,
@@ -60,6 +62,10 @@ from offline.splits import SPLIT_SEED
 from offline.whole_run import TIMES, in_turn, union_of
 from probes.errors import HNeuronsError
 
+if TYPE_CHECKING:
+    from offline.collect import Sampling
+    from offline.questions import Question
+
 log = logging.getLogger(__name__)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -85,10 +91,7 @@ def collect(
 ) -> None:
     """Ask the questions of a server and keep the answers with their token ids."""
     from offline import collect as verb
-    from offline.child_server import child_server
-    from offline.models import load_tokenizer, short_name
     from offline.questions import Source, check_unique, read_questions, shuffle_key
-    from offline.records import Answer, sort_records, versions
 
     asked = [q for text in questions for q in read_questions(Source.parse(text))]
     check_unique(asked)
@@ -102,32 +105,10 @@ def collect(
         max_tokens=max_tokens,
         seed=seed,
     )
-    tokenizer = load_tokenizer(model, revision=revision)
-    header = verb.answers_header(
-        short_name(model),
-        tokenizer_sha256=tokenizer.tokenizer_sha256,
-        chat_template_sha256=tokenizer.chat_template_sha256,
-        sampling=sampling,
-        libraries=versions(),
-    )
-    path = out / "answers.jsonl"
-    asks = verb.missing(asked, path, header=header, samples=sampling.samples)
-    if asks:
-        server = child_server(model, revision=revision, dtype=model_dtype, in_flight=in_flight)
-        with nullcontext(base_url) if base_url else server as url:
-            asyncio.run(
-                verb.collect(
-                    asks,
-                    path,
-                    base_url=url,
-                    header=header,
-                    sampling=sampling,
-                    in_flight=in_flight,
-                    done=len(asked) * sampling.samples - len(asks),
-                    api_key=os.environ.get("OPENAI_API_KEY"),
-                )
-            )
-    sort_records(path, Answer)
+    _collect(
+        model, out, asked, sampling, base_url=base_url, revision=revision, in_flight=in_flight,
+        model_dtype=model_dtype,
+    )  # fmt: skip
 
 
 @app.command()
@@ -228,6 +209,50 @@ def extract(
 
 @app.command()
 @holds_run
+def resample(
+    model: Model,
+    out: Run,
+    best_of: BestOf = 0,
+    base_url: BaseURL = None,
+    revision: Revision = None,
+    judge: JudgeName = "alias",
+    judge_url: JudgeURL = None,
+    judge_model: JudgeModel = None,
+    position: Position = "read",
+    dtype: Dtype = "float16",
+    model_dtype: ModelDtype = "auto",
+    device_map: DeviceMap = None,
+    seed: Seed = 0,
+    split_seed: SplitSeed = SPLIT_SEED,
+    transfer: Transfer = None,
+    in_flight: InFlight = 32,
+) -> None:
+    """Ask some test questions several times: what choosing among samples gains."""
+    from offline import best_of as verb
+    from offline.records import Answer, Label, read_records
+
+    if not best_of:
+        return
+    _, answers = read_records(out / "answers.jsonl", Answer)
+    _, labels = read_records(out / "labels.jsonl", Label)
+    again = verb.questions_again(
+        answers, labels, transfer=frozenset(transfer or ()), seed=split_seed
+    )
+    samples = out / verb.FOLDER
+    _collect(
+        model, samples, again, verb.sampling(best_of, seed), base_url=base_url, revision=revision,
+        in_flight=in_flight, model_dtype=model_dtype,
+    )  # fmt: skip
+    label(
+        model, samples, revision, judge=judge, judge_url=judge_url, judge_model=judge_model,
+        agree=0, wrong_per_right=0.0, in_flight=in_flight, split_seed=split_seed,
+        transfer=transfer,
+    )  # fmt: skip
+    extract(model, samples, revision, position, dtype, model_dtype, device_map)
+
+
+@app.command()
+@holds_run
 def fit(
     out: Run,
     transfer: Transfer = None,
@@ -261,6 +286,7 @@ def fit(
 def evaluate(out: Run) -> None:
     """Judge the probe on unseen relations and questions, beside the baselines."""
     from offline import evaluate as verb
+    from offline.best_of import samples_of
     from offline.dataset import load_dataset
     from offline.fit import FitResult
     from offline.given_rows import load_given
@@ -270,7 +296,10 @@ def evaluate(out: Run) -> None:
         out, transfer=frozenset(result.settings.transfer), seed=result.settings.seed
     )
     given = load_given(out, like=data.features.header)
-    verb.evaluate(data, result, given).save(out / "evaluation.json")
+    folder = samples_of(out)
+    seed = result.settings.seed
+    samples = load_dataset(folder, transfer=frozenset(), seed=seed) if folder else None
+    verb.evaluate(data, result, given, samples).save(out / "evaluation.json")
 
 
 @app.command()
@@ -397,7 +426,7 @@ def train(**given: object) -> None:
     )
 
 
-STAGES = (collect, label, extract, fit, evaluate, publish, report)
+STAGES = (collect, label, extract, resample, fit, evaluate, publish, report)
 # Who shares the work of `extract` is no matter of the whole.
 train.__signature__ = union_of(STAGES, without=("part",))  # type: ignore[attr-defined]
 app.command()(holds_run(train))
@@ -462,6 +491,50 @@ def transfer(
     with locked(run):
         found = verb.transfer(Probe.load(find_probe(probe)), other, run, own=own)
     print(verb.table(found))
+
+
+def _collect(
+    model: str,
+    out: Path,
+    asked: Sequence[Question],
+    sampling: Sampling,
+    *,
+    base_url: str | None,
+    revision: str | None,
+    in_flight: int,
+    model_dtype: str,
+) -> None:
+    from offline import collect as verb
+    from offline.child_server import child_server
+    from offline.models import load_tokenizer, short_name
+    from offline.records import Answer, sort_records, versions
+
+    tokenizer = load_tokenizer(model, revision=revision)
+    header = verb.answers_header(
+        short_name(model),
+        tokenizer_sha256=tokenizer.tokenizer_sha256,
+        chat_template_sha256=tokenizer.chat_template_sha256,
+        sampling=sampling,
+        libraries=versions(),
+    )
+    path = out / "answers.jsonl"
+    asks = verb.missing(asked, path, header=header, samples=sampling.samples)
+    if asks:
+        server = child_server(model, revision=revision, dtype=model_dtype, in_flight=in_flight)
+        with nullcontext(base_url) if base_url else server as url:
+            asyncio.run(
+                verb.collect(
+                    asks,
+                    path,
+                    base_url=url,
+                    header=header,
+                    sampling=sampling,
+                    in_flight=in_flight,
+                    done=len(asked) * sampling.samples - len(asks),
+                    api_key=os.environ.get("OPENAI_API_KEY"),
+                )
+            )
+    sort_records(path, Answer)
 
 
 def _command() -> str:

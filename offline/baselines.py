@@ -6,7 +6,9 @@ probe's head saw, and choose their penalty on one fold of it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -26,6 +28,9 @@ BLOCK_ROWS = 4096  # that are read at a time
 _LOWER_IS_WORSE = ("logprob_mean", "logprob_min", "logprob_sum")
 
 
+TokenDetector: TypeAlias = Callable[[Features, IntArray], Floats]
+
+
 class _Fitted(NamedTuple):
     """A dense logistic regression on standardised features, the scaler folded in."""
 
@@ -37,24 +42,24 @@ class _Fitted(NamedTuple):
         return scores
 
 
-def token_detectors(
-    data: Dataset, result: FitResult, rows: IntArray, asked: Features | None = None
-) -> dict[str, Floats]:
-    """Name -> score of each of `rows`, which are those of `asked` (default: of the data); the
-    probe's token head first. All are fitted on the data."""
+def token_detectors(data: Dataset, result: FitResult) -> dict[str, TokenDetector]:
+    """Name -> scores of any rows; the probe's token head first. Fitted ones are fitted here."""
     features = data.features
-    asked = asked or features
     fitted, weight = token_rows(data, result.settings)
     wrong, units = features.kind[fitted] == Kind.WRONG, data.unit[fitted].tolist()
-    detectors = {
-        "probe": result.chosen.logits(asked, rows)[:, 0],
-        "-logprob": -asked.logprob[rows].astype(np.float64),
-        "entropy": asked.entropy[rows].astype(np.float64),
+    detectors: dict[str, TokenDetector] = {
+        "probe": lambda asked, rows: result.chosen.logits(asked, rows)[:, 0],
+        "-logprob": lambda asked, rows: -asked.logprob[rows].astype(np.float64),
+        "entropy": lambda asked, rows: asked.entropy[rows].astype(np.float64),
     }
     for layer in features.header.residual_layers:
         model = _dense(features.residual(fitted, layer), wrong, units, weight=weight)
-        detectors[f"residual layer {layer}, dense"] = model.read(asked.residual(rows, layer))
+        detectors[f"residual layer {layer}, dense"] = partial(_read_residual, model, layer)
     return detectors
+
+
+def _read_residual(model: _Fitted, layer: int, asked: Features, rows: IntArray) -> Floats:
+    return model.read(asked.residual(rows, layer))
 
 
 def random_neurons(data: Dataset, result: FitResult, rows: IntArray) -> Floats:

@@ -25,8 +25,10 @@ def apply_agreement(answers: Sequence[Answer], labels: Sequence[Label], agree: i
     commonest text stands for it.
 
     The paper asks for ten of ten; a small model is never ten times right, so k is a parameter.
-    RecordError when a question has fewer samples than must agree.
+    RecordError when a question has fewer samples than must agree. 0: each sample stands for itself.
     """
+    if not agree:
+        return list(labels)
     by_question: dict[str, list[int]] = defaultdict(list)
     for i, answer in enumerate(answers):
         by_question[answer.question_id].append(i)

@@ -18,11 +18,13 @@ import numpy as np
 
 from offline import metrics
 from offline.baselines import (
+    TokenDetector,
     answer_detectors,
     random_answer_neurons,
     random_neurons,
     token_detectors,
 )
+from offline.best_of import best_of_rows
 from offline.curves import Curve
 from offline.dataset import Dataset
 from offline.domains import Place, alone, places
@@ -68,9 +70,14 @@ class Evaluation(Record, frozen=True, kw_only=True):
         write_atomic(path, msgspec.json.encode(self))
 
 
-def evaluate(data: Dataset, result: FitResult, given: Given | None = None) -> Evaluation:
-    """Everything on part `test`; every source, those of part `transfer` too, on its own; and on the
-    texts of others."""
+def evaluate(
+    data: Dataset,
+    result: FitResult,
+    given: Given | None = None,
+    samples: Dataset | None = None,
+) -> Evaluation:
+    """Everything on part `test`; every source, those of part `transfer` too, on its own; on texts of
+    others; and what choosing among `samples` of a question gains."""
     held_out = np.flatnonzero(np.isin(data.part, ("test", "transfer")))
     logits = np.full((len(data.part), len(result.chosen.heads)), np.nan)
     logits[held_out] = result.chosen.logits(data.features, held_out)  # nan: must not be asked for
@@ -79,12 +86,14 @@ def evaluate(data: Dataset, result: FitResult, given: Given | None = None) -> Ev
     found: list[Found] = [*_folds(result)]
     for place, score in zip(everywhere, scores, strict=True):
         found += _answers(data, result, place, score)
-    found += _tokens(data, result)
+    detectors = token_detectors(data, result)
+    found += _tokens(data, result, detectors)
     found += _flagged_tokens(data, result, logits[:, 0])
     found += _claims(data, logits[:, 0])
-    found += given_rows(data, result, given) if given else ()
+    found += given_rows(given, detectors) if given else ()
     found += _responses(data, result, logits[:, result.response_head])
     found += _poolings(data, result, logits)
+    found += best_of_rows(samples, result) if samples else ()
     rows = tuple(row for row in found if isinstance(row, EvaluationRow))
     for row in rows:
         log.info("%-52s %-32s %-18s %.3f", row.dataset, row.detector, row.metric, row.value)
@@ -159,11 +168,13 @@ def _answers(
         yield from table(selective, name, detector, wrong, scores[detector], units)
 
 
-def _tokens(data: Dataset, result: FitResult) -> Iterator[Found]:
+def _tokens(
+    data: Dataset, result: FitResult, detectors: Mapping[str, TokenDetector]
+) -> Iterator[Found]:
     """Single tokens: wrong claims against every other judged token, and against right claims."""
     kind = data.features.kind
     rows = mixture(data, "test")
-    detectors = token_detectors(data, result, rows)
+    scores = {name: read(data.features, rows) for name, read in detectors.items()}
     draws = random_neurons(data, result, rows)
     smooth = _smoothed(data, result, rows)
     for dataset, kinds in (
@@ -173,10 +184,10 @@ def _tokens(data: Dataset, result: FitResult) -> Iterator[Found]:
     ):
         chosen = np.isin(kind[rows], kinds)
         wrong, units = kind[rows[chosen]] == Kind.WRONG, data.unit[rows[chosen]]
-        for name, score in {**detectors, f"probe, mean of {SMOOTHED} neighbours": smooth}.items():
+        for name, score in {**scores, f"probe, mean of {SMOOTHED} neighbours": smooth}.items():
             yield from ranked(dataset, name, wrong, score[chosen], units)
         yield from drawn(dataset, RANDOM, wrong, [draw[chosen] for draw in draws])
-    risk = calibrate(result.token, detectors["probe"])
+    risk = calibrate(result.token, scores["probe"])
     wrong = kind[rows] == Kind.WRONG
     yield from table(CALIBRATION, "token risk", "probe", wrong, risk, data.unit[rows])
     yield from flagged(

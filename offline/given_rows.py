@@ -6,19 +6,17 @@ in the log-probability too. So the free detectors stand beside, and the residual
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
 
-from offline.baselines import token_detectors
+from offline.baselines import TokenDetector
 from offline.curves import Curve
-from offline.dataset import Dataset
 from offline.extract import FOLDERS, FeaturesHeader, Kind
 from offline.features import Features, load_features
-from offline.fit import FitResult
 from offline.given_text import GivenText
 from offline.records import RecordError, read_records, sha256
 from offline.tables import ranked
@@ -45,12 +43,14 @@ def load_given(run: Path, *, like: FeaturesHeader) -> Given | None:
     return Given({text.id: text for text in texts}, features)
 
 
-def given_rows(data: Dataset, result: FitResult, given: Given) -> Iterator[EvaluationRow | Curve]:
+def given_rows(
+    given: Given, detectors: Mapping[str, TokenDetector]
+) -> Iterator[EvaluationRow | Curve]:
     """Of each kind of text: single tokens and means over facts, wrong against right. A unit is a
     text, so the figure within units compares facts of one text alone."""
     features = given.features
     judged = np.flatnonzero(np.isin(features.kind, (Kind.WRONG, Kind.RIGHT)))
-    scores = token_detectors(data, result, judged, given.features)
+    scores = {name: read(features, judged) for name, read in detectors.items()}
     at = {row: i for i, row in enumerate(judged.tolist())}
     first = np.searchsorted(features.answer, np.arange(len(features.ids)))
     texts = [given.texts[id] for id in features.ids]

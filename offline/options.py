@@ -77,6 +77,12 @@ Given = Annotated[
         "kinds: facts (a question file), halueval, refchecker",
     ),
 ]
+BestOf = Annotated[
+    int,
+    typer.Option(
+        min=0, help="samples of each of 100 test questions, of which the best is answered; 0: none"
+    ),
+]
 Transfer = Annotated[
     list[str] | None, typer.Option(help="stem of a question file that is only evaluated on")
 ]

@@ -48,7 +48,7 @@ def run(
     out = tmp_path_factory.mktemp("run") / "tiny"
     arguments = ["train", str(tiny_model), "--out", str(out), "--name", "tiny"]
     arguments += ["--questions", f"{facts}:complete", "--questions", f"{prompts}:ordinary"]
-    arguments += ["--given", f"{given}:refchecker"]
+    arguments += ["--given", f"{given}:refchecker", "--best-of", "3"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "RESAMPLES", 20)  # the intervals are not what is tested here
         result = CliRunner().invoke(app, [*arguments, "--solver", "liblinear"])
@@ -89,9 +89,18 @@ def test_facts_of_given_texts_are_judged_beside_what_is_free(run: Path) -> None:
         assert ("-logprob", "auroc_within_units") in found
 
 
+def test_questions_of_the_test_part_are_asked_again_for_best_of_n(run: Path) -> None:
+    rows = Evaluation.load(run / "evaluation.json").rows
+    found = {r.detector: r for r in rows if r.dataset.startswith("best of 3 samples")}
+    assert found["one sample"].value <= found["ceiling: any right sample"].value
+    assert {"majority vote", "probe", "-logprob_sum"} <= set(found)
+    _, samples = read_records(run / "samples" / "answers.jsonl", Answer)
+    assert len(samples) == 3 * len({answer.question_id for answer in samples})
+
+
 def test_the_seconds_of_each_verb_are_kept(run: Path) -> None:
     assert list(json.loads((run / "times.json").read_bytes())) == [
-        "collect", "label", "extract", "fit", "evaluate", "publish", "report",
+        "collect", "label", "extract", "resample", "fit", "evaluate", "publish", "report",
     ]  # fmt: skip
 
 

@@ -24,6 +24,7 @@ VERBS = (
     command.collect,
     command.label,
     command.extract,
+    command.resample,
     command.fit,
     command.evaluate,
     command.publish,

@@ -15,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 
 from offline import metrics
 from offline.baselines import RANDOM_DRAWS, random_neurons, token_detectors
+from offline.best_of import best_of_rows
 from offline.dataset import Dataset, join
 from offline.evaluate import RANDOM, evaluate
 from offline.examples import answer_examples, claim_examples, token_examples
@@ -115,11 +116,28 @@ def test_given_facts_are_ranked_by_their_own_tokens(data: Dataset) -> None:
     kind = data.features.kind.copy()
     kind[np.flatnonzero(np.isin(kind, (Kind.RIGHT, Kind.WRONG))) - 1] = Kind.RIGHT
     given = Given(texts, dataclasses.replace(data.features, kind=kind))
-    rows = [r for r in given_rows(data, fit(data, SETTINGS), given) if isinstance(r, EvaluationRow)]
+    detectors = token_detectors(data, fit(data, SETTINGS))
+    rows = [r for r in given_rows(given, detectors) if isinstance(r, EvaluationRow)]
     found = {(r.dataset, r.detector): r.value for r in rows if r.metric == "auroc"}
     assert found["given text, facts: planted", "probe"] > 0.95
     assert 0.6 < found["given text, tokens: planted", "probe"] < 0.9  # half of them are scaffold
     assert 0.35 < found["given text, facts: planted", "-logprob"] < 0.65
+
+
+def test_best_of_n_answers_with_the_sample_of_the_lowest_risk(data: Dataset) -> None:
+    """Six samples of each question, all of one text, every other one wrong, the first one too."""
+    answers = tuple(
+        msgspec.structs.replace(answer, id=answer.id[:-2].replace("-", "/")) if answer.gold
+        else answer
+        for answer in data.answers
+    )  # fmt: skip
+    rows = list(best_of_rows(dataclasses.replace(data, answers=answers), fit(data, SETTINGS)))
+    found = {row.detector: row.value for row in rows}
+    assert {row.n for row in rows} == {40}
+    assert found["probe"] > 0.9
+    assert found["one sample"] == found["majority vote"] == 0
+    assert found["ceiling: any right sample"] == 1
+    assert 0.2 < found["-logprob_mean"] < 0.8
 
 
 def test_nothing_of_the_test_part_reaches_the_result(data: Dataset) -> None:
@@ -257,7 +275,8 @@ def test_the_evaluation_has_every_baseline_on_the_same_items_with_intervals(
 def test_a_baseline_sees_the_same_rows_as_the_probe(data: Dataset) -> None:
     result = fit(data, SETTINGS)
     rows = data.rows("test", Kind.WRONG, Kind.RIGHT)
-    scores = token_detectors(data, result, rows)
+    detectors = token_detectors(data, result)
+    scores = {name: read(data.features, rows) for name, read in detectors.items()}
     assert all(len(score) == len(rows) and np.isfinite(score).all() for score in scores.values())
     assert scores["-logprob"] == pytest.approx(-data.features.logprob[rows])
     assert random_neurons(data, result, rows).shape == (RANDOM_DRAWS, len(rows))

@@ -1,0 +1,121 @@
+"""Best of n: several samples of one question, and what is gained by answering with the one that the
+probe likes best, beside a majority vote and the log-probability.
+
+The samples are a run within the run (`samples/`): answers, labels and features of their own, made
+by the same verbs from questions of the test part.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+
+from offline.baselines import whole_statistics
+from offline.collect import Sampling
+from offline.dataset import Dataset
+from offline.features import IntArray
+from offline.fit import FitResult, pooled
+from offline.metrics import mean_of_positives
+from offline.questions import STYLES, Question, shuffle_key
+from offline.records import Answer, Label
+from offline.splits import assign
+from offline.tables import table
+from offline.words import words
+from probes.card import EvaluationRow
+
+FOLDER = "samples"
+QUESTIONS = 100  # that are asked again
+TEMPERATURE = 1.0
+USABLE = 2  # judged samples, at least, of a question
+
+Chooser: TypeAlias = Callable[[IntArray], int]  # samples of a question -> which is answered with
+
+
+def sampling(samples: int, seed: int) -> Sampling:
+    """The paper's way to draw."""
+    return Sampling(samples=samples, temperature=TEMPERATURE, top_p=0.9, top_k=50, seed=seed)
+
+
+def questions_again(
+    answers: Sequence[Answer], labels: Sequence[Label], *, transfer: frozenset[str], seed: int
+) -> list[Question]:
+    """Questions of the test part whose answer was judged; which ones, a hash decides."""
+    _, parts = assign(answers, transfer=transfer, seed=seed)
+    judged = {label.id for label in labels if label.verdict in ("right", "wrong", "mixed")}
+    chosen = {
+        answer.question_id: answer
+        for answer in answers
+        if answer.id in judged and parts[answer.id] == "test"
+    }
+    return [
+        Question(
+            id=id,
+            source=answer.source,
+            style=answer.style,
+            group=answer.group,
+            question=answer.question,
+            prompt=answer.prompt,
+            gold=answer.gold,
+            split=answer.split,
+            max_tokens=STYLES[answer.style][1],
+        )
+        for id, answer in sorted(chosen.items(), key=lambda pair: shuffle_key(pair[0]))[:QUESTIONS]
+    ]
+
+
+def best_of_rows(samples: Dataset, result: FitResult) -> Iterator[EvaluationRow]:
+    """Accuracy over questions, of which USABLE samples at least were judged right or wrong."""
+    every = np.arange(len(samples.answers))
+    wrong = np.array([label.verdict == "wrong" for label in samples.labels])
+    logits = result.chosen.logits(samples.features, np.arange(len(samples.part)))
+    risk = pooled(samples, logits[:, result.response_head], every, result.pooling)
+    surprise = whole_statistics(samples, every)
+    by_question: dict[str, list[int]] = defaultdict(list)
+    for i in range(len(every)):
+        if samples.labels[i].verdict in ("right", "wrong"):
+            by_question[samples.answers[i].question_id].append(i)
+    asked = [
+        np.array(sorted(indices, key=lambda i: samples.answers[i].id))
+        for indices in by_question.values()
+        if len(indices) >= USABLE
+    ]
+    if not asked:
+        return
+    texts = [" ".join(word.key for word in words(answer.text)) for answer in samples.answers]
+
+    def voted(indices: IntArray) -> int:
+        votes = Counter(texts[i] for i in indices)
+        return int(max(indices, key=lambda i: votes[texts[i]]))
+
+    choosers: dict[str, Chooser] = {
+        "one sample": lambda indices: int(indices[0]),
+        "majority vote": voted,
+        "probe": lambda indices: int(indices[risk[indices].argmin()]),
+        **{
+            name: lambda indices, of=surprise[name]: int(indices[of[indices].argmin()])  # type: ignore[misc]
+            for name in ("-logprob_sum", "-logprob_mean")
+        },
+        "ceiling: any right sample": lambda indices: int(indices[wrong[indices].argmin()]),
+    }
+    most = max(len(indices) for indices in asked)
+    units = samples.unit[samples.first[[indices[0] for indices in asked]]]
+    for name, choose in choosers.items():
+        right = ~wrong[[choose(indices) for indices in asked]]
+        yield from table(
+            {"accuracy": mean_of_positives},
+            f"best of {most} samples, unseen relations and questions",
+            name,
+            np.ones(len(asked), dtype=np.bool_),
+            right.astype(np.float64),
+            units,
+        )
+
+
+def samples_of(run: Path) -> Path | None:
+    """The run within the run, when it was made."""
+    folder = run / FOLDER
+    return folder if (folder / "labels.jsonl").exists() else None
