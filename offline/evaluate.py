@@ -76,8 +76,8 @@ def evaluate(
     given: Given | None = None,
     samples: Dataset | None = None,
 ) -> Evaluation:
-    """Everything on part `test`; every source, those of part `transfer` too, on its own; on texts of
-    others; and what choosing among `samples` of a question gains."""
+    """Everything on part `test`; every source, those of part `transfer` too, on its own; on texts
+    of others; and what choosing among `samples` of a question gains."""
     held_out = np.flatnonzero(np.isin(data.part, ("test", "transfer")))
     logits = np.full((len(data.part), len(result.chosen.heads)), np.nan)
     logits[held_out] = result.chosen.logits(data.features, held_out)  # nan: must not be asked for
