@@ -12,8 +12,9 @@ NOT_GOOD_FOR = (
     "It is no fact checker: it estimates from a few neurons whether the model makes an answer up. "
     "A confident error can get a low risk and a correct rare fact a high one.",
     "It was fitted on short factual answers in English (one claim each) and on ordinary prose. "
-    "Facts inside long answers, mathematics, reasoning and text about a given document were not "
-    "measured; of text in other languages it flags several times more than of English.",
+    "Facts inside long answers were measured on texts of others alone (rows 'given text', where "
+    "there are any); mathematics, reasoning and text about a given document were not measured; of "
+    "text in other languages it flags several times more than of English.",
     "Between a wrong and a right claim of the same form it tells less than between claims and "
     "everything else; compare the rows of tokens.",
     "The labels come from matching answers with lists of accepted spellings. Where several answers "
