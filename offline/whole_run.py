@@ -12,7 +12,8 @@ import msgspec
 
 from offline.records import write_atomic
 
-TIMES = "times.json"  # in the run folder: seconds of each verb as it ran last
+# Seconds of each verb as it ran last. Hidden: all else in a run folder is the same after kills.
+TIMES = ".times.json"
 
 Verb: TypeAlias = Callable[..., None]
 

@@ -99,6 +99,7 @@ def test_twenty_kills_leave_no_trace(
     server: str,
     tiny_model: Path,
     questions: tuple[Path, Path],
+    given: Path,
     tmp_path: Path,
 ) -> None:
     """Power cuts, preemption, a full disk: whatever ends a run, nothing is lost, asked twice or
@@ -110,6 +111,7 @@ def test_twenty_kills_leave_no_trace(
         return zygote.run(
             *("train", str(tiny_model), "--out", str(out), "--name", "tiny"),
             *("--questions", f"{facts}:complete", "--questions", f"{prompts}:ordinary"),
+            *("--given", f"{given}:refchecker", "--best-of", "2"),
             *("--base-url", server, "--solver", "liblinear", "--in-flight", "8"),
             until=until,
         )

@@ -99,7 +99,7 @@ def test_questions_of_the_test_part_are_asked_again_for_best_of_n(run: Path) -> 
 
 
 def test_the_seconds_of_each_verb_are_kept(run: Path) -> None:
-    assert list(json.loads((run / "times.json").read_bytes())) == [
+    assert list(json.loads((run / ".times.json").read_bytes())) == [
         "collect", "label", "extract", "resample", "fit", "evaluate", "publish", "report",
     ]  # fmt: skip
 
