@@ -21,9 +21,10 @@ from probes.neurons import FFN
 from probes.probe import Probe
 from probes.suppression import scales, suppress
 
-# Up to this many elements of z are kept as they are and gathered for all layers at once: one
-# operation instead of one per layer while decoding. Of a longer pass (a prompt) only the columns
-# that are read are kept, or every z of a prompt would stay in memory.
+# Up to this many elements of z, z and h are kept as they are, and gathered and reduced for all
+# layers together: two operations instead of two per layer while decoding, where each costs the call
+# and not the numbers. Of a longer pass (a prompt) only what is read is kept, or all of it would
+# stay in memory.
 KEPT_WHOLE = 2**18
 
 
@@ -104,6 +105,10 @@ class Meter:
         self._suppression = suppression
         self._passes = 0
         self._batch: int | None = None
+        self.only: Tensor | None = None  # of the running pass, see begin()
+        # Whether h is still what the projection put out when the pass has ended: some decoders go
+        # on to write into it (Falcon adds its attention's output). Unknown until a pass was seen.
+        self.output_stays: bool | None = None
         self._cett: Tensor | None = None
         self._lay_out(ffns, probes)
 
@@ -171,15 +176,22 @@ class Meter:
         self._cett = None
 
     def begin(
-        self, alphas: Sequence[tuple[int, float]] | None = None, *, batch: int | None = None
+        self,
+        alphas: Sequence[tuple[int, float]] | None = None,
+        *,
+        batch: int | None = None,
+        only: Tensor | None = None,
     ) -> None:
         """Call before every forward pass.
 
         `alphas` holds (probe index, alpha) per batch row; None: no row suppresses. `batch` is
         needed without alphas where a model flattens its batch (OPT), and ignored elsewhere.
+        `only` `[batch]` int64 names the one token of each row that is read, counted through the
+        pass end to end (`row * tokens + column`); the readings then have one token per row.
         """
         started = time.perf_counter()
         self._batch = len(alphas) if alphas is not None else batch
+        self.only = only
         self._cett = None
         active = [] if alphas is None or all(alpha == 1 for _, alpha in alphas) else alphas
         if active and not self._suppression:
@@ -192,10 +204,10 @@ class Meter:
         self._taps[self._passes % len(self._taps)].stands_for = len(self._taps)
         self.seconds_total += time.perf_counter() - started
 
-    def logits(self, rows: Tensor | None = None) -> Tensor:
+    def logits(self) -> Tensor:
         """`[batch, tokens, total_heads]` float32 of the pass that just ran.
 
-        `rows` `[chosen]` int64 picks batch rows. Values may be non-finite when the model's are.
+        `tokens` is 1 after `begin(only=...)`. Values may be non-finite when the model's are.
         """
         started = time.perf_counter()
         silent = [tap.name for tap in self._taps if tap.z is None]
@@ -208,15 +220,16 @@ class Meter:
         z = torch.cat([tap.z.to(home) for tap in self._taps if tap.z is not None], dim=-1)
         if self._taps[0].whole:
             z = z.index_select(-1, self._flat)
-        norm = torch.stack([tap.norm.to(home) for tap in self._taps if tap.norm is not None], -1)
+        norm = h_norm(torch.stack([tap.h.to(home) for tap in self._taps if tap.h is not None], -2))
+        if self.output_stays is None and all(tap.watched is not None for tap in self._taps):
+            self.output_stays = all(tap.output_stayed() for tap in self._taps)
         if z.dim() == 2:
             if self._batch is None:
                 raise ValueError("this model flattens its batch: pass batch=... to begin()")
             z = z.reshape(self._batch, -1, z.shape[-1])
             norm = norm.reshape(self._batch, -1, norm.shape[-1])
         self._cett = cett(z, self._column_norm, norm.index_select(-1, self._layer_index))
-        chosen = self._cett if rows is None else self._cett.index_select(0, rows.to(home))
-        logits: Tensor = chosen @ self._weight + self._bias
+        logits: Tensor = self._cett @ self._weight + self._bias
         self.seconds_total += time.perf_counter() - started
         return logits
 
@@ -246,7 +259,8 @@ class _Tap:
     (half the cost per layer), and torch.compile traces it as it traces the layer.
 
     z     `[..., columns]` or whole `[..., neurons]`, the model's dtype, before suppression
-    norm  `[...]` float32, of the output, after suppression
+    h     `[..., hidden]`, the model's dtype, after suppression; or its norm `[..., 1]` float32
+    watched  h beside its norm, in the pass that shows whether h may be kept
     scale `[rows, suppressed]` float32 while some row has an alpha other than 1
     """
 
@@ -260,7 +274,8 @@ class _Tap:
         rows = [torch.isin(suppressed, columns[mask]) for mask in masks]
         self.masks = torch.stack(rows).to(device)
         self.z: Tensor | None = None
-        self.norm: Tensor | None = None
+        self.h: Tensor | None = None
+        self.watched: Tensor | None = None
         self.scale: Tensor | None = None
         self.whole = False  # z is all of the layer's z, not only the columns
         self.stands_for = 0  # how many layers the time spent in this one is counted for
@@ -287,27 +302,48 @@ class _Tap:
 
     def reset(self, scale: Tensor | None) -> None:
         """Forget the last pass; the next one is suppressed by `scale`."""
-        self.z = self.norm = None
+        self.z = self.h = self.watched = None
         self.scale = scale if len(self.suppressed) else None
         self.stands_for = 0
+
+    def output_stayed(self) -> bool:
+        """Whether h has the norm at the end of the pass that it had when it was put out."""
+        assert self.h is not None
+        assert self.watched is not None
+        return torch.equal(_norm_of_itself(self.watched), self.h)
 
     def forward(self, z: Tensor, /) -> Tensor:
         """The projection's own forward, read on both sides."""
         # A clock cannot be traced, and `stands_for` must not become a guard: hence the order.
         timed = not torch.compiler.is_compiling() and self.stands_for > 0
         entered = time.perf_counter() if timed else 0.0
-        self.whole = z.numel() <= KEPT_WHOLE
-        self.z = z if self.whole else z.index_select(-1, self.columns)
+        only = self._meter.only
+        read = z if only is None else z.flatten(0, -2).index_select(0, only)
+        self.whole = read.numel() <= KEPT_WHOLE
+        self.z = read if self.whole else read.index_select(-1, self.columns)
         if self.scale is not None:
             z = suppress(z, self.suppressed, self.scale)
         passed = time.perf_counter() if timed else 0.0
         h = self._inner(z)
         returned = time.perf_counter() if timed else 0.0
-        self.norm = h_norm(h)
+        if only is not None:
+            h_read = h.flatten(0, -2).index_select(0, only)  # a copy: nobody writes into it
+            self.h = h_read if self.whole else _norm_of_itself(h_read)
+        elif self.whole and self._meter.output_stays:
+            self.h = h
+        else:
+            self.h = _norm_of_itself(h)
+            if self.whole and self._meter.output_stays is None:
+                self.watched = h
         if timed:
             here = passed - entered + time.perf_counter() - returned
             self._meter.seconds_total += here * self.stands_for
         return h
+
+
+def _norm_of_itself(h: Tensor) -> Tensor:
+    """`[..., 1]` float32: the norm of `h`, in a form whose own norm it is."""
+    return h_norm(h).unsqueeze(-1)
 
 
 def _refuse_other_shape(probe: Probe, by_layer: dict[int, FFN]) -> None:

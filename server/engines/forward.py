@@ -54,12 +54,17 @@ class Forward:
         return BatchCache(self.num_layers, rows=rows, device=self.device)
 
     def __call__(
-        self, token_ids: Sequence[Sequence[int]], cache: BatchCache, taps: Sequence[Tap]
+        self,
+        token_ids: Sequence[Sequence[int]],
+        cache: BatchCache,
+        taps: Sequence[Tap],
+        *,
+        read_all: bool = False,
     ) -> Tensor:
         """Feed each row of `cache` its next token ids; shorter lists are padded on the right.
 
         Returns `[rows, vocab]` logits of each row's last token (of the padding's first where a row
-        has none), in the model's dtype.
+        has none), in the model's dtype. The meter reads that token too, or all with `read_all`.
         """
         started = time.perf_counter()
         counts = [len(row) for row in token_ids]
@@ -71,7 +76,11 @@ class Forward:
         mask, positions = cache.open(tokens)
         inputs: dict[str, object] = {"position_ids": positions} if self._takes_positions else {}
         if self.meter is not None:
-            self.meter.begin([(tap.probe or 0, tap.alpha) for tap in taps])
+            starts = torch.arange(0, len(counts) * tokens, tokens, device=self.device)
+            self.meter.begin(
+                [(tap.probe or 0, tap.alpha) for tap in taps],
+                only=None if read_all or tokens == 1 else starts + self._last,
+            )
         with stored(cache.stored):
             logits = self._model(
                 input_ids=ids,
@@ -93,7 +102,7 @@ class Forward:
         return hidden[torch.arange(len(hidden), device=hidden.device), self._last][:, None]
 
     def readings(self, taps: Sequence[Tap], *, columns: int) -> list[list[tuple[float, ...]]]:
-        """Head logits of the pass that just ran, which had `columns` columns: `[row][column]`.
+        """Head logits of the pass that just ran, which read `columns` columns: `[row][column]`.
 
         `()` for rows without a probe. The meter never breaks a step: if it fails, the readings are
         NaN ("not scored") and the failure is logged and counted.
@@ -118,7 +127,7 @@ class Forward:
     def contributions(self, tap: Tap, *, row: int, column: int, k: int) -> tuple[Contribution, ...]:
         """Largest contributions to the token head in the pass whose readings were taken.
 
-        `column` counts from the begin of the pass.
+        `column` counts those that were read.
         """
         assert self.meter is not None
         assert tap.probe is not None

@@ -142,12 +142,14 @@ class Scheduler:
         The others stay in `prefill`, which ends with its last row.
         """
         rows, chunk = list(prefill.rows), prefill.chunk(self._prefill_tokens)
-        logits = self._forward(chunk, prefill.cache, _taps(rows))
-        read = [i for i, row in enumerate(rows) if prefill.cache.lengths[i] == len(row.prompt)]
         scoring = [i for i, row in enumerate(rows) if row.sampler is None]
+        logits = self._forward(chunk, prefill.cache, _taps(rows), read_all=bool(scoring))
+        read = [i for i, row in enumerate(rows) if prefill.cache.lengths[i] == len(row.prompt)]
         if not (read or scoring):
             return []
-        readings = self._readings(rows, prefill.cache, [len(part) for part in chunk])
+        readings = self._readings(
+            rows, prefill.cache, [len(part) for part in chunk], read_all=bool(scoring)
+        )
         for i in scoring:
             rows[i].score(readings[i])
         outcomes: list[tuple[Row, Outcome]] = [
@@ -175,20 +177,27 @@ class Scheduler:
         return outcomes
 
     def _readings(
-        self, rows: Sequence[Row], cache: BatchCache, counts: Sequence[int]
+        self,
+        rows: Sequence[Row],
+        cache: BatchCache,
+        counts: Sequence[int],
+        *,
+        read_all: bool = False,
     ) -> list[list[Reading]]:
-        """Readings of the `counts[row]` tokens that the pass has fed to each row.
+        """Readings of the pass that has fed `counts[row]` tokens to each row.
 
-        None for rows without a probe; of a row that generates, the last one only.
+        None for rows without a probe; of a row that generates, and of every row unless the pass
+        has read all, the last token's only.
         """
         taps = _taps(rows)
-        table = self._forward.readings(taps, columns=max(counts))
+        table = self._forward.readings(taps, columns=max(counts) if read_all else 1)
         result: list[list[Reading]] = []
         for index, (row, tap, count) in enumerate(zip(rows, taps, counts, strict=True)):
             found: list[Reading] = []
             first = 0 if row.sampler is None else max(0, count - 1)
-            for column in range(first, count) if tap.probe is not None else ():
-                position = cache.lengths[index] - count + column
+            for token in range(first, count) if tap.probe is not None else ():
+                position = cache.lengths[index] - count + token
+                column = token if read_all else 0
                 values = table[index][column]
                 k = row.request.contributors
                 shares: tuple[Contribution, ...] = ()

@@ -32,19 +32,29 @@ def test_meter_equals_recorder_equals_formula(
     with torch.no_grad(), Recorder(ffns) as recorder:
         model(tokens)
         recorded = [recorder.cett(layer).reshape(plain[layer].shape) for layer in range(3)]
+    last = torch.tensor([6, 2, 0])  # column that is read of each row
     with torch.no_grad(), Meter(ffns, probes, suppression=True) as meter:
-        meter.begin(batch=3)
-        model(tokens)
-        logits = meter.logits()
-    assert logits.dtype == torch.float32
-    assert logits.shape == (3, 7, 4)
+        passes = []
+        for only in (None, None, torch.arange(3) * 7 + last):  # the first shows if h may be kept
+            meter.begin(batch=3, only=only)
+            model(tokens)
+            passes.append(meter.logits())
+    if kept_whole:
+        assert meter.output_stays is (family != "falcon")
+    assert passes[0].dtype == torch.float32
+    assert passes[0].shape == (3, 7, 4)
+    assert passes[2].shape == (3, 1, 4)
     for layer in range(3):
         torch.testing.assert_close(recorded[layer].double(), plain[layer], rtol=1e-5, atol=1e-7)
     for index, probe in enumerate(probes):
-        heads = logits[..., meter.head_slice(index)].double()
+        heads = meter.head_slice(index)
         for source in (recorded, plain):
             expected = _logits(probe, source)
-            torch.testing.assert_close(heads, expected, rtol=1e-5, atol=1e-5)
+            for logits, wanted in zip(
+                passes, (expected, expected, expected[range(3), last][:, None]), strict=True
+            ):
+                found = logits[..., heads].double()
+                torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -155,14 +165,6 @@ def test_one_meter_at_a_time(ffns, make_probe):
     again.attach()
     again.close()
     again.close()  # twice is once
-
-
-def test_rows_pick_batch_rows(llama, ffns, make_probe, tokens):
-    with torch.no_grad(), Meter(ffns, [make_probe(ffns)], suppression=False) as meter:
-        meter.begin()
-        llama(tokens)
-        everything = meter.logits()
-        assert torch.equal(meter.logits(torch.tensor([2, 0])), everything[[2, 0]])
 
 
 def test_contributions_add_up_to_the_token_logit(llama, ffns, make_probe, tokens):

@@ -22,9 +22,11 @@ class WatchedForward(Forward):
         self.passes: list[tuple[int, int]] = []
         self.poison: int | None = None
 
-    def __call__(self, token_ids: Any, cache: Any, taps: Sequence[Tap]) -> torch.Tensor:
+    def __call__(
+        self, token_ids: Any, cache: Any, taps: Sequence[Tap], *, read_all: bool = False
+    ) -> torch.Tensor:
         self.passes.append((len(token_ids), max(map(len, token_ids))))
-        logits = super().__call__(token_ids, cache, taps).clone()
+        logits = super().__call__(token_ids, cache, taps, read_all=read_all).clone()
         for row, ids in enumerate(token_ids):
             if ids[-1] == self.poison:
                 logits[row, 3] = torch.nan
