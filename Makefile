@@ -30,7 +30,7 @@ bench: sync ## what the meter costs
 probe: sync ## train the shipped probe again from the question files in $DATA; an hour
 	$(BIN)/python -m offline train "$$($(BIN)/python -m server.demo_model)" --out runs/demo \
 	  --name smollm2-135m-instruct --best-of 6 --transfer nq_open_dev --transfer movies $(QUESTIONS:%=--questions $(DATA)/%) --questions offline/data/ordinary_prompts.jsonl:ordinary \
-	  $(addprefix --given $(DATA)/,wikidata_completions.jsonl:facts halueval_general.jsonl:halueval refchecker_nq.jsonl:refchecker)
+	  $(addprefix --given $(DATA)/,wikidata_completions.jsonl:facts:100 halueval_general.jsonl:halueval:100 refchecker_nq.jsonl:refchecker)
 ship: sync ## put the probe of `make probe` in the place of the shipped one, its figures into the README
 	rm -r probes/fitted/smollm2-135m-instruct && cp -r runs/demo/probe probes/fitted/smollm2-135m-instruct && $(BIN)/python docs/readme.py
 sweep: sync ## what alpha does to the demo model, beside random neurons; an hour

@@ -14,7 +14,6 @@ import msgspec
 import numpy as np
 
 from offline.baselines import TokenDetector
-from offline.curves import Curve
 from offline.extract import FOLDERS, FeaturesHeader, Kind
 from offline.features import Features, load_features
 from offline.given_text import GivenText
@@ -43,9 +42,7 @@ def load_given(run: Path, *, like: FeaturesHeader) -> Given | None:
     return Given({text.id: text for text in texts}, features)
 
 
-def given_rows(
-    given: Given, detectors: Mapping[str, TokenDetector]
-) -> Iterator[EvaluationRow | Curve]:
+def given_rows(given: Given, detectors: Mapping[str, TokenDetector]) -> Iterator[EvaluationRow]:
     """Of each kind of text: single tokens and means over facts, wrong against right. A unit is a
     text, so the figure within units compares facts of one text alone."""
     features = given.features
@@ -68,8 +65,11 @@ def given_rows(
         for name, score in scores.items():
             means = np.array([score[tokens].mean() for *_, tokens in facts])
             every = np.concatenate([score[tokens] for *_, tokens in facts])
-            yield from ranked(f"given text, facts: {kind}", name, wrong, means, units)
-            yield from ranked(
-                f"given text, tokens: {kind}", name,
-                np.repeat(wrong, sizes), every, np.repeat(units, sizes),
-            )  # fmt: skip
+            for level, judged_wrong, values, of in (
+                ("facts", wrong, means, units),
+                ("tokens", np.repeat(wrong, sizes), every, np.repeat(units, sizes)),
+            ):
+                dataset = f"given text, {level}: {kind}"
+                for row in ranked(dataset, name, judged_wrong, values, of):
+                    if isinstance(row, EvaluationRow):  # a chart of each would double the report
+                        yield row

@@ -21,7 +21,7 @@ import pytest
 from offline.child_server import child_server
 
 KILLS = 20
-SECONDS = 120.0  # of one attempt, at most
+SECONDS = 240.0  # of one attempt, at most
 
 ZYGOTE = """
 import os, sys

@@ -37,7 +37,7 @@ from offline.heads import LOGIT_SPREAD, HeadSettings, weigh
 from offline.l1_path import l1_path, standardise
 from offline.records import Answer, Label, RecordError
 from probes.calibration import calibrate
-from probes.card import EvaluationRow, ModelIdentity
+from probes.card import ModelIdentity
 from probes.cett import FORMULA_VERSION
 
 MakeAnswer = Callable[..., Answer]
@@ -117,7 +117,7 @@ def test_given_facts_are_ranked_by_their_own_tokens(data: Dataset) -> None:
     kind[np.flatnonzero(np.isin(kind, (Kind.RIGHT, Kind.WRONG))) - 1] = Kind.RIGHT
     given = Given(texts, dataclasses.replace(data.features, kind=kind))
     detectors = token_detectors(data, fit(data, SETTINGS))
-    rows = [r for r in given_rows(given, detectors) if isinstance(r, EvaluationRow)]
+    rows = given_rows(given, detectors)
     found = {(r.dataset, r.detector): r.value for r in rows if r.metric == "auroc"}
     assert found["given text, facts: planted", "probe"] > 0.95
     assert 0.6 < found["given text, tokens: planted", "probe"] < 0.9  # half of them are scaffold
