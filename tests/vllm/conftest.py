@@ -18,6 +18,7 @@ import torch
 
 from probes.probe import Probe
 from tests.contract.oracle import Family, Reference, make_folder, make_probe, reference_of
+from tests.vllm.inside import open_up
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,34 +48,32 @@ def collected() -> Iterator[None]:
     gc.collect()
 
 
-@pytest.fixture
-def forking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines are forked from this process: no imports, 20 s less each, and what a test has patched
-    here is patched in them. vLLM itself spawns on CPUs; test_service starts engines as users do.
-    """
-    context = multiprocessing.get_context("fork")
-    for module in ("vllm.v1.engine.utils", "vllm.v1.executor.multiproc_executor"):
-        monkeypatch.setattr(f"{module}.get_mp_context", lambda: context)
-
-
 StartEngine = Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
 def start_engine() -> StartEngine:
-    """`start_engine(folder, probes, **options)`: a running engine, to be closed by the caller."""
+    """`start_engine(folder, probes, **options)`: a running engine, to be closed by the caller.
+
+    It is forked from this process, which has imported everything: 20 s less, and a worker that can
+    be looked into. vLLM itself spawns on CPUs; test_service starts engines as users do.
+    """
 
     def start(folder: Path, probes: Sequence[Probe], **options: Any) -> Any:
         from server.engines.vllm.loader import load_vllm_engine
 
         words = options.pop("vllm_args", "")
-        return load_vllm_engine(
-            folder,
-            model_id="parity",
-            probes=probes,
-            vllm_args=f"--kv-cache-memory-bytes 256M {words}",
-            **options,
-        )
+        context = multiprocessing.get_context("fork")
+        with open_up(), pytest.MonkeyPatch.context() as patch:
+            for module in ("vllm.v1.engine.utils", "vllm.v1.executor.multiproc_executor"):
+                patch.setattr(f"{module}.get_mp_context", lambda: context)
+            return load_vllm_engine(
+                folder,
+                model_id="parity",
+                probes=probes,
+                vllm_args=f"--kv-cache-memory-bytes 256M {words}",
+                **options,
+            )
 
     return start
 

@@ -1,6 +1,6 @@
 """Dense families of other shapes read right inside vLLM's graph; the rest is refused by name.
 
-Each engine compiles for itself. They are forked from this process, which has imported everything.
+Each engine compiles for itself.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ SMALL = "--max-num-batched-tokens 64 --block-size 32"
 
 
 @pytest.mark.parametrize("name", READ)
-async def test_a_family_reads_and_writes_what_its_reference_does(
-    name, forking, start_engine, make_model
-):
+async def test_a_family_reads_and_writes_what_its_reference_does(name, start_engine, make_model):
     """A wrong layer, column, mask, position or order of suppression; prompts in several chunks."""
     folder, reference, probes = make_model(FAMILIES[name], "float32")
     engine = start_engine(folder, probes, vllm_args=SMALL)
@@ -36,7 +34,7 @@ async def test_a_family_reads_and_writes_what_its_reference_does(
         await engine.aclose()
 
 
-async def test_a_model_that_vllm_does_not_compile_is_refused(forking, start_engine, make_model):
+async def test_a_model_that_vllm_does_not_compile_is_refused(start_engine, make_model):
     """The sentence comes from a worker, whose parent learns only that it did not start."""
 
     def with_dynamic_rope() -> hf.PretrainedConfig:

@@ -7,8 +7,7 @@ give theirs up. What is asked of it is what the transformers engine is asked in 
 from __future__ import annotations
 
 import asyncio
-import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -32,15 +31,15 @@ from tests.contract.oracle import (
     families,
     make_requests,
     random_prompts,
-    worst_difference,
 )
-from tests.vllm.served import Served
+from tests.vllm.inside import MUTANTS
+from tests.vllm.served import ALPHAS, Served, mixed_requests
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 BLOCKS = 16  # of 32 tokens each: prompt and answer of one request may be 511 tokens
 SQUEEZED = f"--max-num-batched-tokens 64 --block-size 32 --num-gpu-blocks-override {BLOCKS + 1}"
-ALPHAS = (1.0, 1.0, 1.0, 0.0, 0.5, 2.0)
+TEXT = random_prompts()[2] * 3
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -53,30 +52,6 @@ async def llama(start_engine, make_model) -> AsyncIterator[Served]:
     await engine.aclose()
 
 
-def mixed_requests(count: int, *, prefix: list[int]) -> list[GenerationRequest]:
-    """Prompts of 5 to 300 tokens, every third one behind a common prefix; every alpha, n = 2."""
-    draw = random.Random(0)
-    requests = []
-    for number in range(count // 2):
-        prompt = [draw.randrange(3, VOCAB) for _ in range(draw.choice((5, 17, 40, 90, 300)))]
-        if number % 3 == 0:
-            prompt = prefix + prompt[:40]
-        request = GenerationRequest(
-            request_id=str(number),
-            prompt_token_ids=tuple(prompt),
-            max_tokens=draw.randrange(1, 40),
-            sampling=Sampling(
-                temperature=draw.choice((0.0, 0.9)), seed=number, ignore_eos=number % 4 != 0
-            ),
-            probe=draw.choice(("one", "two")),
-            alpha=draw.choice(ALPHAS),
-            read_last=number % 3 != 2,
-        )
-        twin = replace(request, sampling=replace(request.sampling, seed=number + 1))
-        requests += [request, twin]
-    return requests
-
-
 async def test_the_graph_is_compiled(llama):
     """Every peer that reads neurons of vLLM switches compiling off; this one must not."""
     compilation = llama.engine._llm.vllm_config.compilation_config
@@ -87,27 +62,39 @@ async def test_the_graph_is_compiled(llama):
 async def test_two_hundred_mixed_requests_read_what_the_reference_reads(llama):
     """A row, position, chunk, block, alpha or probe that is mistaken anywhere.
 
-    32 are in flight; some are left in the middle, which must not disturb the others.
+    Of those that are left in the middle nothing stays.
     """
-    requests = mixed_requests(200, prefix=[7 + i % 90 for i in range(96)])
-    free = asyncio.Semaphore(32)
-
-    async def one(request: GenerationRequest) -> list[Step]:
-        async with free:
-            return await llama.generate(request)
-
-    async def leave(request: GenerationRequest) -> None:
-        async with free, aclosing(llama.engine.generate(request)) as steps:
-            await anext(steps)
-
-    left = [asyncio.create_task(leave(request)) for request in requests[::10]]
-    served = await asyncio.gather(*map(one, requests))
-    await asyncio.gather(*left)
-    scored = await asyncio.gather(*map(llama.score, requests, served))
-    worst = worst_difference(llama.reference, llama.probes, requests, served, scored)
-    assert worst <= LIMIT["float32"]
+    requests = mixed_requests(200, TEXT, lengths=(5, 17, 40, 90, 300), tokens=40)
+    assert await llama.worst(requests, leaving=requests[::10]) <= LIMIT["float32"]
     health = llama.engine.health()
     assert (health.running, health.waiting, llama.engine._tap.readers) == (0, 0, {})
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+async def test_a_broken_mechanism_turns_the_same_check_red(llama, mutant):
+    """What never fails proves nothing."""
+    requests = mixed_requests(40, TEXT, lengths=(5, 17, 40), tokens=20)
+    assert await llama.worst(requests) <= LIMIT["float32"]
+    await llama.inside("mutate", mutant)
+    try:
+        with pytest.raises(AssertionError):
+            assert await llama.worst(requests) <= LIMIT["float32"]
+    finally:
+        await llama.inside("heal")
+    assert await llama.worst(requests) <= LIMIT["float32"]
+
+
+async def test_a_missing_hidden_step_turns_it_red(llama, monkeypatch):
+    """The readings lack the last token's then."""
+    requests = mixed_requests(40, TEXT, lengths=(5, 17, 40), tokens=20)
+    generate = llama.engine.generate
+
+    def without_it(request: GenerationRequest) -> AsyncGenerator[Step, None]:
+        return generate(replace(request, read_last=False))
+
+    monkeypatch.setattr(llama.engine, "generate", without_it)
+    with pytest.raises(AssertionError):
+        await llama.worst(requests)
 
 
 async def test_greedy_tokens_are_those_of_the_reference(llama):
@@ -145,7 +132,9 @@ async def test_running_requests_give_up_their_blocks_and_lose_no_reading(llama):
         )
         for number in range(BLOCKS)
     ]
+    before = await llama.inside("resumed")
     assert await llama.worst(requests) <= LIMIT["float32"]
+    assert await llama.inside("resumed") > before, "nothing was preempted"
 
 
 async def test_a_shared_prefix_is_cached_and_alpha_does_not_leak_through_it(llama, monkeypatch):

@@ -1,0 +1,80 @@
+"""What tests do inside a worker's process: count, and break one mechanism to see a test turn red.
+
+Engines of these tests are forked, so that a worker has the methods that `open_up` has added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+Mutant = Callable[[Any], Any]  # a method of the meter into what takes its place
+
+
+@contextmanager
+def open_up() -> Iterator[None]:
+    """While the block runs, workers that are forked can be asked for what stands below."""
+    from server.engines.vllm.meter import WorkerMeter
+    from server.engines.vllm.worker import MeteredWorker
+
+    resumed = 0
+    originals: dict[str, Any] = {}
+    learn = WorkerMeter.learn
+
+    def counting(meter: Any, scheduled: Any) -> None:
+        nonlocal resumed
+        resumed += len(scheduled.scheduled_cached_reqs.resumed_req_ids)
+        learn(meter, scheduled)
+
+    def mutate(worker: Any, name: str) -> None:
+        method, mutant = MUTANTS[name]
+        originals[method] = getattr(WorkerMeter, method)
+        setattr(WorkerMeter, method, mutant(originals[method]))
+
+    def heal(worker: Any) -> None:
+        for method, original in originals.items():
+            setattr(WorkerMeter, method, original)
+        originals.clear()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WorkerMeter, "learn", counting)
+        patch.setattr(MeteredWorker, "resumed", lambda worker: resumed, raising=False)
+        patch.setattr(MeteredWorker, "mutate", mutate, raising=False)
+        patch.setattr(MeteredWorker, "heal", heal, raising=False)
+        yield
+
+
+def _reversed_rows(begin: Any) -> Any:
+    return lambda meter, ids, counts: begin(meter, list(ids)[::-1], counts)
+
+
+def _rows_of_the_last_pass(cett_of: Any) -> Any:
+    before: list[torch.Tensor] = []
+
+    def stale(meter: Any, rows: torch.Tensor) -> torch.Tensor:
+        before.append(cett_of(meter, rows))
+        old = before[-2] if len(before) > 1 else before[-1]
+        return old[torch.arange(len(rows)) % len(old)]
+
+    return stale
+
+
+def _doses_of_the_last_pass(fill_in: Any) -> Any:
+    before: list[Any] = []
+
+    def stale(meter: Any, orders: Any, counts: Any) -> None:
+        before.append((orders, counts))
+        fill_in(meter, *before[-2 if len(before) > 1 else -1])
+
+    return stale
+
+
+MUTANTS: dict[str, tuple[str, Mutant]] = {
+    "row order swapped": ("begin", _reversed_rows),
+    "stale readings": ("_cett_of", _rows_of_the_last_pass),
+    "stale doses": ("_fill_in_doses", _doses_of_the_last_pass),
+}
