@@ -12,6 +12,7 @@ import datetime
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,9 @@ class AuditLog:
         try:
             if os.fstat(self._file).st_size + len(line) > self._max_bytes:
                 self._rotate()
-            written = os.write(self._file, line)
-            if written < len(line):
+            size = os.fstat(self._file).st_size
+            if os.write(self._file, line) < len(line):
+                os.ftruncate(self._file, size)  # half a line would spoil the next one as well
                 raise OSError(None, "the line was cut")
         except OSError as error:
             self._on_failure()
@@ -66,7 +68,8 @@ class AuditLog:
         if os.fstat(self._file).st_size == 0:
             return  # one line is longer than a file may be: it gets a file of its own
         stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%fZ")
-        self._path.rename(self._path.with_name(f"{self._path.stem}-{stamp}{self._path.suffix}"))
+        with suppress(FileNotFoundError):  # somebody else's rotation was quicker
+            self._path.rename(self._path.with_name(f"{self._path.stem}-{stamp}{self._path.suffix}"))
         full, self._file = self._file, os.open(self._path, _FLAGS, 0o600)
         os.close(full)
 

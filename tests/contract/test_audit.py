@@ -116,3 +116,35 @@ def test_a_log_that_cannot_be_opened_stops_the_start(tmp_path: Path) -> None:
     for path in (tmp_path / "no" / "audit.jsonl", tmp_path / "link"):
         with pytest.raises(AuditError, match="audit_log: cannot open"):
             AuditLog(path, max_bytes=4096, with_text=False, on_failure=lambda: None)
+
+
+async def test_a_file_that_was_moved_away_costs_no_record(open_wire: Any, tmp_path: Path) -> None:
+    """logrotate, or a rotation that found no free descriptor, left nothing to rename: from then on
+    every record was lost."""
+    engine, path = FakeEngine(), tmp_path / "audit.jsonl"
+    async with open_wire(engine, **audited(path, engine, max_bytes=4096)) as wire:
+        await wire.chat("a", risk=True)
+        path.rename(tmp_path / "audit-moved.jsonl")
+        for _ in range(19):
+            await wire.chat("a", risk=True)
+        page = (await wire.http.get("/metrics")).text
+    assert 'hneurons_audit_failures_total{model_name="fake"} 0.0' in page
+    found = [line["answer_id"] for file in tmp_path.glob("*.jsonl") for line in lines(file)]
+    assert len(set(found)) == len(found) == 20
+    assert path.exists()
+
+
+async def test_a_line_that_was_cut_leaves_nothing_behind(
+    open_wire: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full in the middle of a line would spoil the next one too, uncounted."""
+    engine, path = FakeEngine(), tmp_path / "audit.jsonl"
+    write = os.write
+    async with open_wire(engine, **audited(path, engine)) as wire:
+        with monkeypatch.context() as patch:
+            patch.setattr("server.audit.os.write", lambda file, line: write(file, line[:50]))
+            await wire.chat("a", risk=True)
+        await wire.chat("a", risk=True)
+        page = (await wire.http.get("/metrics")).text
+    assert 'hneurons_audit_failures_total{model_name="fake"} 1.0' in page
+    assert len(lines(path)) == 1
