@@ -468,7 +468,7 @@ def inspect(
 
 @app.command()
 def transfer(
-    probe: Annotated[str, typer.Argument(help="folder, or org/name@COMMIT on the hub")],
+    probe: Annotated[Path, typer.Argument(help="folder of the probe")],
     sibling: Annotated[str, typer.Argument(help="hub id or folder of a model of equal shape")],
     run: Annotated[Path, typer.Option(help="folder of the run that the probe is from")],
     revision: Revision = None,
@@ -479,7 +479,6 @@ def transfer(
 ) -> None:
     """Read a sibling model with a probe: AUROC on both, and the drift of the probe's neurons."""
     from offline import transfer as verb
-    from offline.hub import find_probe
     from offline.models import load_model, load_tokenizer
     from probes.probe import Probe
 
@@ -489,7 +488,7 @@ def transfer(
     if model is not None:
         own = load_model(model, revision=None, tokenizer=load_tokenizer(model, revision=None))
     with locked(run):
-        found = verb.transfer(Probe.load(find_probe(probe)), other, run, own=own)
+        found = verb.transfer(Probe.load(probe), other, run, own=own)
     print(verb.table(found))
 
 

@@ -1,28 +1,22 @@
-"""Probes on a model hub: what its page reads of a card, pushing a folder, fetching a commit.
+"""Probes on a model hub: what its page reads of a card, and pushing a folder.
 
-A hub id is always pinned, `org/name@COMMIT` with 40 hex digits: a branch may hold other weights
-tomorrow.
+What comes back is a pinned id, `org/name@COMMIT`: a branch may hold other weights tomorrow.
 """
 
 from __future__ import annotations
 
-import re
-import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCardData, constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from offline.records import RecordError
 from probes.card import ProbeCard
-from probes.errors import ProbeError
 from probes.probe import Probe
 
 FILES = ("probe.json", "probe.safetensors", "README.md")
 TAGS = ["hallucination-detection", "h-neurons", "probe"]
 METRICS = ["roc_auc", "average_precision", "brier_score"]
-
-_PINNED = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)@(?P<commit>[0-9a-f]{40})")
 
 
 def front_matter(card: ProbeCard) -> str:
@@ -58,33 +52,6 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as exc:
         raise RecordError(f"the hub did not take {repository!r}: {_line(exc)}") from exc
     return f"{repository}@{done.oid}"
-
-
-def find_probe(word: str) -> Path:
-    """A folder, or a pinned hub id, which is downloaded once. ProbeError says what is wrong."""
-    pinned = _PINNED.fullmatch(word)
-    if pinned is None:
-        path = Path(word).expanduser()
-        if not path.is_dir():
-            raise ProbeError(
-                f"{word!r} is no folder, and no hub id with a commit (org/name@40 hex)"
-            )
-        return path
-    repository, commit = pinned["repository"], pinned["commit"]
-    folder = Path(constants.HF_HOME, "hneurons", repository.replace("/", "--"), commit)
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            # Into plain files: a probe is not read through the links of the hub's cache.
-            fetched = Path(temporary, "probe")
-            try:
-                snapshot_download(
-                    repository, revision=commit, local_dir=fetched, allow_patterns=list(FILES)
-                )
-            except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as exc:
-                raise ProbeError(f"cannot fetch probe {word!r}: {_line(exc)}") from exc
-            fetched.replace(folder)
-    return folder
 
 
 def _line(error: Exception) -> str:

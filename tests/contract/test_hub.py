@@ -1,4 +1,4 @@
-"""A probe goes to a hub and comes back: pushed by `offline`, fetched by commit by both packages.
+"""A probe goes to a hub and comes back: pushed by `offline`, fetched by commit by `server`.
 
 The hub is a stand-in on this machine that speaks the endpoints which huggingface_hub uses. The
 client runs in processes of its own, since it reads its switches (HF_ENDPOINT) when it is imported.
@@ -161,8 +161,7 @@ def run(hub: Hub, home: Path, *command: str, offline: bool = False) -> str:
     return (done.stderr if done.returncode else done.stdout).strip().splitlines()[-1]
 
 
-SERVER = "import sys; from server.hub import fetch_probe; print(fetch_probe(sys.argv[1]))"
-OFFLINE = "import sys; from offline.hub import find_probe; print(find_probe(sys.argv[1]))"
+FETCH = "import sys; from server.hub import fetch_probe; print(fetch_probe(sys.argv[1]))"
 
 
 def test_a_probe_comes_back_from_the_hub_byte_for_byte(
@@ -172,16 +171,15 @@ def test_a_probe_comes_back_from_the_hub_byte_for_byte(
     server restarts without it."""
     pinned = run(hub, tmp_path / "a", "-m", "offline", "push", str(folder), REPOSITORY)
     assert pinned.startswith(f"{REPOSITORY}@")
-    for number, code in enumerate((SERVER, OFFLINE)):
-        home = tmp_path / f"home{number}"
-        fetched = Path(run(hub, home, "-c", code, pinned))
-        assert fetched.is_dir(), fetched
-        for file in folder.iterdir():
-            assert (fetched / file.name).read_bytes() == file.read_bytes()
-        assert Probe.load(fetched).sha256 == Probe.load(folder).sha256
-        asked = len(hub.requests)
-        assert Path(run(hub, home, "-c", code, pinned, offline=True)) == fetched
-        assert len(hub.requests) == asked
+    home = tmp_path / "b"
+    fetched = Path(run(hub, home, "-c", FETCH, pinned))
+    assert fetched.is_dir(), fetched
+    for file in folder.iterdir():
+        assert (fetched / file.name).read_bytes() == file.read_bytes()
+    assert Probe.load(fetched).sha256 == Probe.load(folder).sha256
+    asked = len(hub.requests)
+    assert Path(run(hub, home, "-c", FETCH, pinned, offline=True)) == fetched
+    assert len(hub.requests) == asked
 
 
 def test_a_commit_stays_what_it_was(hub: Hub, folder: Path, tmp_path: Path) -> None:
@@ -192,8 +190,8 @@ def test_a_commit_stays_what_it_was(hub: Hub, folder: Path, tmp_path: Path) -> N
     other.save(folder, readme="---\nlicense: mit\n---\n")
     after = run(hub, tmp_path, "-m", "offline", "push", str(folder), REPOSITORY)
     assert after != before
-    assert Probe.load(Path(run(hub, tmp_path, "-c", SERVER, before))).card.name == "fake"
-    assert Probe.load(Path(run(hub, tmp_path, "-c", SERVER, after))).card.name == "other"
+    assert Probe.load(Path(run(hub, tmp_path, "-c", FETCH, before))).card.name == "fake"
+    assert Probe.load(Path(run(hub, tmp_path, "-c", FETCH, after))).card.name == "other"
 
 
 def test_what_the_hub_does_not_have_is_one_sentence(hub: Hub, folder: Path, tmp_path: Path) -> None:
