@@ -7,8 +7,10 @@ our server and vLLM give them, and are never made from the text.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,8 +18,10 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from offline.chat_client import ChatClient, at_most, connect
+from offline.child_server import child_server
+from offline.models import load_tokenizer, short_name
 from offline.questions import Question
-from offline.records import Answer, Appender, Header, read_records
+from offline.records import Answer, Appender, Header, read_records, sort_records, versions
 from probes.errors import HNeuronsError
 
 
@@ -65,6 +69,47 @@ def missing(
         for sample in range(samples)
         if f"{question.id}/{sample}" not in done
     ]
+
+
+def ask_all(
+    model: str,
+    out: Path,
+    asked: Sequence[Question],
+    sampling: Sampling,
+    *,
+    base_url: str | None,
+    revision: str | None,
+    in_flight: int,
+    model_dtype: str,
+    api_key: str | None,
+) -> None:
+    """Write `out`/answers.jsonl: what it lacks is asked of `base_url`, or of a child server."""
+    tokenizer = load_tokenizer(model, revision=revision)
+    header = answers_header(
+        short_name(model),
+        tokenizer_sha256=tokenizer.tokenizer_sha256,
+        chat_template_sha256=tokenizer.chat_template_sha256,
+        sampling=sampling,
+        libraries=versions(),
+    )
+    path = out / "answers.jsonl"
+    asks = missing(asked, path, header=header, samples=sampling.samples)
+    if asks:
+        server = child_server(model, revision=revision, dtype=model_dtype, in_flight=in_flight)
+        with nullcontext(base_url) if base_url else server as url:
+            asyncio.run(
+                collect(
+                    asks,
+                    path,
+                    base_url=url,
+                    header=header,
+                    sampling=sampling,
+                    in_flight=in_flight,
+                    done=len(asked) * sampling.samples - len(asks),
+                    api_key=api_key,
+                )
+            )
+    sort_records(path, Answer)
 
 
 async def collect(
