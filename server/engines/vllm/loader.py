@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
     from server.engines.vllm.engine import VllmEngine
 
-WORKER = "server.engines.vllm.worker.MeteredWorker"
+WORKER = "server.engines.vllm.worker.OwnedWorker"
+METERED_WORKER = "server.engines.vllm.worker.MeteredWorker"
 SCHEDULER = "server.engines.vllm.worker.make_scheduler"
 KV_CACHE_BYTES_ON_CPU = 2**30  # vLLM alone would claim nearly all memory
 # Read by vLLM when it is imported and by its processes; what the operator has set stays.
@@ -153,8 +154,7 @@ def _start(arguments: AsyncEngineArgs, plan: MeterPlan | None) -> AsyncLLM:
     arguments.disable_log_stats = True
     arguments.enable_log_requests = False
     arguments.scheduler_cls = SCHEDULER
-    if plan is not None:
-        arguments.worker_cls = WORKER
+    arguments.worker_cls = WORKER if plan is None else METERED_WORKER
     is_sized = arguments.kv_cache_memory_bytes or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
     if current_platform.is_cpu() and not is_sized:
         arguments.kv_cache_memory_bytes = KV_CACHE_BYTES_ON_CPU

@@ -36,14 +36,14 @@ else:
 SECONDS_BETWEEN_LOOKS = 0.5  # of the engine's process at its parent
 
 
-class MeteredWorker(_Worker):
-    """vLLM's worker; its model is metered as soon as it is loaded, before it is compiled."""
+class OwnedWorker(_Worker):
+    """vLLM's worker as a part of this server, which alone hears signals and says what is wrong."""
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         _leave_interrupts_to_the_server()
         with leaving_why():
             super().load_model(load_dummy_weights=load_dummy_weights)
-            self._meter()
+            self._prepare()
 
     def determine_available_memory(self) -> int:
         """Where the model is compiled, and a cache that does not fit is refused."""
@@ -51,7 +51,14 @@ class MeteredWorker(_Worker):
             free: int = super().determine_available_memory()
             return free
 
-    def _meter(self) -> None:
+    def _prepare(self) -> None:
+        """The model is loaded and not compiled yet."""
+
+
+class MeteredWorker(OwnedWorker):
+    """Its model is metered as soon as it is loaded, before it is compiled."""
+
+    def _prepare(self) -> None:
         plan = self.vllm_config.additional_config
         if not isinstance(plan, MeterPlan):
             raise ModelError("a metered worker was started without a plan of what to read")

@@ -10,76 +10,16 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.running import PATIENCE, OpenStream, ending, wait_until
+
 FOREVER = "[slow:50][loop] tick tock "
 MANY = {"max_tokens": 3000}
-PATIENCE = 20.0  # for what takes a second on an idle machine
-
-
-def events(lines: Iterator[str]) -> list[Any]:
-    """Parsed events of a stream to its end; `[DONE]` as that word."""
-    found = []
-    for line in lines:
-        if line.startswith("data: "):
-            data = line.removeprefix("data: ")
-            found.append(data if data == "[DONE]" else json.loads(data))
-    return found
-
-
-def ending(stream: list[Any]) -> str:
-    """The finish reason or the error code of a stream; fails when it has none, or both."""
-    assert stream[-1] == "[DONE]"
-    chunks = stream[:-1]
-    errors = [chunk["error"]["code"] for chunk in chunks if "error" in chunk]
-    reasons = [
-        choice["finish_reason"]
-        for chunk in chunks
-        for choice in chunk.get("choices", [])
-        if choice["finish_reason"] is not None
-    ]
-    assert len(errors) + len(reasons) == 1, (errors, reasons)
-    return str((errors + reasons)[0])
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> float:
-    """Seconds until `condition` held."""
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < seconds, "it did not happen in time"
-        time.sleep(0.02)
-    return time.monotonic() - started
-
-
-class OpenStream:
-    """A streamed chat that a thread reads to its end."""
-
-    def __init__(self, server: Any, content: str, **body: object) -> None:
-        self.events: list[Any] = []
-        self.error: Exception | None = None
-        self._has_begun = threading.Event()
-        self._thread = threading.Thread(target=self._read, args=(server, content, body))
-        self._thread.start()
-        assert self._has_begun.wait(PATIENCE)
-
-    def _read(self, server: Any, content: str, body: dict[str, object]) -> None:
-        try:
-            with server.stream(content, **body) as lines:
-                self._has_begun.set()
-                self.events = events(lines)
-        except httpx.HTTPError as error:
-            self.error = error
-
-    def finished(self) -> list[Any]:
-        self._thread.join(60)
-        assert not self._thread.is_alive(), "the stream never ended"
-        assert self.error is None, self.error
-        return self.events
 
 
 # --- drain ------------------------------------------------------------------------------------
