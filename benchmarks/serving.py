@@ -38,6 +38,17 @@ FIGURES = {
     "median TTFT ms": "median_ttft_ms",
 }
 SERVERS = ("stock vLLM", "risk off", "risk on")
+# vLLM's own command line. It asks for the version of a package `vllm`, which the CPU build is not.
+VLLM = """
+import importlib.metadata as packages, sys
+from vllm.platforms import current_platform
+names = packages.packages_distributions()["vllm"]
+version = packages.version
+packages.version = lambda name: version(names[0] if name == "vllm" else name)
+from vllm.entrypoints.cli.main import main
+if __name__ == "__main__":
+    main()
+"""
 
 
 @dataclass(frozen=True)
@@ -55,10 +66,9 @@ class Load:
 def command_of(server: str, folder: Path, engine_args: str) -> list[str]:
     """How a server is started; the two of ours are one process with other requests."""
     if server == "stock vLLM":
-        vllm = str(Path(sys.executable).with_name("vllm"))
         served = ["--served-model-name", "demo", "--generation-config", "vllm"]
-        common = ["--port", str(PORT), "--disable-log-requests", *engine_args.split()]
-        return [vllm, "serve", str(folder), *served, *common]
+        common = ["--port", str(PORT), *engine_args.split()]
+        return [sys.executable, "-c", VLLM, "serve", str(folder), *served, *common]
     ours = [sys.executable, "-m", "server", "demo", "--engine", "vllm", "--port", str(PORT)]
     return [*ours, "--max-num-seqs", "32", "--vllm-args", engine_args]
 
@@ -98,9 +108,8 @@ def measure(
     load: Load, folder: Path, server: psutil.Process, *, risk: bool | None
 ) -> dict[str, Any]:
     """What `vllm bench serve` says, and CPU microseconds of the server's process per token."""
-    vllm = str(Path(sys.executable).with_name("vllm"))
     with tempfile.TemporaryDirectory() as place:
-        command = [vllm, "bench", "serve", "--backend", "openai-chat"]
+        command = [sys.executable, "-c", VLLM, "bench", "serve", "--backend", "openai-chat"]
         command += ["--endpoint", "/v1/chat/completions", "--port", str(PORT), "--model", "demo"]
         command += ["--tokenizer", str(folder), "--dataset-name", "random", "--ignore-eos"]
         command += ["--random-input-len", "64", "--random-output-len", str(load.output_tokens)]

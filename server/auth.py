@@ -60,17 +60,25 @@ def read_key_hashes(path: Path) -> tuple[bytes, ...]:
 
 
 class ApiKeys:
-    """Lets a request pass when it carries a known key as `Authorization: Bearer KEY`."""
+    """Lets a request pass when it carries a known key as `Authorization: Bearer KEY`.
+
+    Sets `request.state.tenant` to the key's number, from 1: what engines keep of one tenant's
+    prompts must not speed up, and so tell, what another one asks.
+    """
 
     def __init__(
         self, app: ASGIApp, *, hashes: Sequence[bytes], open_paths: Sequence[str] = OPEN_PATHS
     ) -> None:
         self.app = app
-        self.hashes = tuple(hashes)
+        self.hashes = tuple(dict.fromkeys(hashes))
         self.open_paths = tuple(open_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._is_open(scope) or self._knows(_bearer(scope)):
+        if scope["type"] != "http" or self._is_open(scope):
+            await self.app(scope, receive, send)
+            return
+        if tenant := self._number(_bearer(scope)):
+            scope.setdefault("state", {})["tenant"] = tenant
             await self.app(scope, receive, send)
             return
         refusal = APIError(
@@ -85,12 +93,16 @@ class ApiKeys:
         root = scope.get("root_path", "")  # the operator's, never the client's
         return scope["path"] in {root + path for path in self.open_paths}
 
-    def _knows(self, key: bytes | None) -> bool:
+    def _number(self, key: bytes | None) -> int:
+        """Which of the keys this is, from 1; 0 when it is none."""
         if key is None:
-            return False
+            return 0
         digest = hashlib.sha256(key).digest()
         # No early exit: the time says nothing about which key, or how much of it, was right.
-        return sum(hmac.compare_digest(digest, known) for known in self.hashes) > 0
+        return sum(
+            number * hmac.compare_digest(digest, known)
+            for number, known in enumerate(self.hashes, start=1)
+        )
 
 
 def _bearer(scope: Scope) -> bytes | None:

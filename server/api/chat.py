@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api.answers import ChatCompletion, ChatCompletionChunk, documented
-from server.api.generation import new_id, respond
+from server.api.generation import new_id, respond, tenant_of
 from server.api.orders import chat_orders
 from server.api.schemas import ChatRequest
 
@@ -20,5 +20,5 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     """Answer a conversation; with `risk`, every token comes with its calibrated risk."""
     service = request.app.state.service
     answer_id = new_id("chatcmpl")
-    orders = await chat_orders(service, body, request_id=answer_id)
+    orders = await chat_orders(service, body, request_id=answer_id, tenant=tenant_of(request))
     return await respond(request, service, body, orders=orders, answer_id=answer_id)

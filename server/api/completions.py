@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api.answers import TextCompletion, documented
-from server.api.generation import new_id, respond
+from server.api.generation import new_id, respond, tenant_of
 from server.api.orders import completion_orders
 from server.api.schemas import CompletionRequest
 
@@ -18,5 +18,5 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     """Continue one or several prompts; with `risk`, as in chat."""
     service = request.app.state.service
     answer_id = new_id("cmpl")
-    orders = await completion_orders(service, body, request_id=answer_id)
+    orders = await completion_orders(service, body, request_id=answer_id, tenant=tenant_of(request))
     return await respond(request, service, body, orders=orders, answer_id=answer_id)

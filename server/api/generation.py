@@ -44,6 +44,12 @@ def origin_of(request: Request) -> tuple[str, str | None]:
     return request_id, request.headers.get("traceparent")
 
 
+def tenant_of(request: Request) -> int:
+    """Who asks, by number; see `ApiKeys`."""
+    tenant: int = request.scope.get("state", {}).get("tenant", 0)
+    return tenant
+
+
 async def respond(
     request: Request,
     service: Service,

@@ -32,7 +32,9 @@ _T = TypeVar("_T")
 _INLINE_CHARACTERS = 16_384  # longer texts are tokenised on a thread, off the event loop
 
 
-async def chat_orders(service: Service, body: ChatRequest, *, request_id: str) -> list[Order]:
+async def chat_orders(
+    service: Service, body: ChatRequest, *, request_id: str, tenant: int = 0
+) -> list[Order]:
     """One order per choice; APIError names the field that cannot be served."""
     check_model(service, body.model)
     plan = risk_plan(service, body.risk)
@@ -41,11 +43,11 @@ async def chat_orders(service: Service, body: ChatRequest, *, request_id: str) -
     max_tokens = _max_tokens(service, prompt, limit, param="messages")
     _check_budget(service, choices=body.n or 1, max_tokens=max_tokens)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return _orders(service, body, plan, [prompt], [max_tokens], logprobs, request_id)
+    return _orders(service, body, plan, [prompt], [max_tokens], logprobs, request_id, tenant)
 
 
 async def completion_orders(
-    service: Service, body: CompletionRequest, *, request_id: str
+    service: Service, body: CompletionRequest, *, request_id: str, tenant: int = 0
 ) -> list[Order]:
     """One order per prompt and choice, prompts first, as OpenAI counts them."""
     check_model(service, body.model)
@@ -53,7 +55,7 @@ async def completion_orders(
     prompts = [await _prompt(service, prompt) for prompt in _prompts(body)]
     limits = [_max_tokens(service, prompt, body.max_tokens, param="prompt") for prompt in prompts]
     _check_budget(service, choices=len(prompts) * (body.n or 1), max_tokens=max(limits))
-    return _orders(service, body, plan, prompts, limits, body.logprobs, request_id)
+    return _orders(service, body, plan, prompts, limits, body.logprobs, request_id, tenant)
 
 
 def check_model(service: Service, name: str) -> None:
@@ -174,6 +176,7 @@ def _orders(
     limits: Sequence[int],
     logprobs: int | None,
     request_id: str,
+    tenant: int,
 ) -> list[Order]:
     orders: list[Order] = []
     for prompt, max_tokens in zip(prompts, limits, strict=True):
@@ -187,6 +190,7 @@ def _orders(
                 read_last=plan is not None and plan.probe.card.position == "read",
                 alpha=plan.alpha if plan else 1.0,
                 contributors=plan.contributors if plan else 0,
+                tenant=tenant,
             )
             orders.append(Order(request=request, stop=body.stop_strings, plan=plan))
     return orders

@@ -15,7 +15,7 @@ from probes.errors import HNeuronsError
 from server.answer_record import AnswerRecord, ChoiceRecord
 from server.api.answers import ScoredText, documented
 from server.api.errors import APIError, to_api_error
-from server.api.generation import new_id, origin_of, record_of
+from server.api.generation import new_id, origin_of, record_of, tenant_of
 from server.api.orders import (
     chat_prompt,
     check_context,
@@ -67,6 +67,7 @@ async def score_text(body: ScoreTextRequest, request: Request) -> Response:
         probe=plan.probe.id,
         alpha=plan.alpha,
         contributors=plan.contributors,
+        tenant=tenant_of(request),
     )
     service.metrics.request_accepted("risk", prompt_tokens=len(given.prompt))
     try:

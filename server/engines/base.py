@@ -121,6 +121,7 @@ class GenerationRequest:
     read_last: bool = False  # one hidden extra step at a length finish, for `read` probes
     alpha: float = 1.0  # 1 is off; scales the suppression set of `probe`
     contributors: int = 0  # how many contributions each reading carries
+    tenant: int = 0  # keys and values of prompts are shared within one; 0: no API keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +134,7 @@ class ScoreRequest:
     probe: str
     alpha: float = 1.0
     contributors: int = 0
+    tenant: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -153,7 +153,12 @@ async def test_a_shared_prefix_is_cached_and_alpha_does_not_leak_through_it(llam
         cached = llama.engine.cached_tokens_total
         assert await llama.worst([request]) <= LIMIT["float32"]
     assert llama.engine.cached_tokens_total - cached >= 64
-    monkeypatch.setattr("server.engines.vllm.engine.salt", lambda plan, order: None)
+    cached = llama.engine.cached_tokens_total
+    await llama.generate(replace(plain, tenant=1))
+    assert llama.engine.cached_tokens_total == cached, "another tenant's prompt was found"
+    await llama.generate(replace(plain, tenant=1))
+    assert llama.engine.cached_tokens_total > cached
+    monkeypatch.setattr("server.engines.vllm.engine.salt", lambda *_, **__: None)
     other = tuple(3 + (i * 13) % 120 for i in range(200))
     await llama.generate(replace(amplified, prompt_token_ids=other))
     with_leak = await llama.generate(replace(plain, prompt_token_ids=other))

@@ -15,7 +15,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMClientError
-from vllm.inputs.engine import tokens_input
+from vllm.inputs.engine import TokensInput, tokens_input
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 from vllm.v1.engine.exceptions import EngineGenerateError
@@ -93,7 +93,8 @@ class VllmEngine:
         params = self._params(request.sampling, order)
         params.max_tokens = request.max_tokens + (1 if reads_last else 0)
         reader = Reader(self._plan, order, prompt_tokens=len(request.prompt_token_ids))
-        outputs = self._outputs(request.prompt_token_ids, params, order, reader)
+        prompt = self._prompt(request.prompt_token_ids, order, tenant=request.tenant)
+        outputs = self._outputs(prompt, params, reader)
         written = 0
         async with aclosing(outputs):
             async for output in outputs:
@@ -122,7 +123,8 @@ class VllmEngine:
         params.max_tokens = 1
         params.skip_reading_prefix_cache = True  # cached tokens are not read again
         reader = Reader(self._plan, order, prompt_tokens=len(request.token_ids))
-        outputs = self._outputs(request.token_ids, params, order, reader)
+        prompt = self._prompt(request.token_ids, order, tenant=request.tenant)
+        outputs = self._outputs(prompt, params, reader)
         async with aclosing(outputs):
             async for _ in outputs:
                 pass
@@ -167,22 +169,19 @@ class VllmEngine:
             if self._llm is not None:
                 self._llm.output_processor.propagate_error(VllmDeadError())
 
+    def _prompt(self, token_ids: Sequence[int], order: Order | None, *, tenant: int) -> TokensInput:
+        return tokens_input(list(token_ids), cache_salt=salt(self._plan, order, tenant=tenant))
+
     async def _outputs(
-        self,
-        token_ids: Sequence[int],
-        params: SamplingParams,
-        order: Order | None,
-        reader: Reader,
+        self, prompt: TokensInput, params: SamplingParams, reader: Reader
     ) -> AsyncGenerator[CompletionOutput, None]:
         """vLLM's outputs of one request, its errors as ours; closing it aborts the request."""
-        self._refuse_overload(len(token_ids))
+        self._refuse_overload(reader.prompt_tokens)
         assert self._llm is not None
         if not self._tap.readers:
             self._tap.last_step = time.monotonic()
         name = f"hn{next(self._numbers)}"
         self._tap.readers[name] = reader
-        cache_salt = salt(self._plan, order) if self._plan and order else None
-        prompt = tokens_input(list(token_ids), cache_salt=cache_salt)
         is_first = True
         try:
             async with aclosing(self._llm.generate(prompt, params, name)) as stream:

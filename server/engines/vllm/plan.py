@@ -181,11 +181,15 @@ def _unused(used: Tensor, width: int) -> Tensor:
     return free.nonzero().flatten()
 
 
-def salt(plan: MeterPlan, order: Order) -> str | None:
-    """Who may share cached keys and values; None: everybody at alpha 1.
+def salt(plan: MeterPlan | None, order: Order | None, *, tenant: int) -> str | None:
+    """Who may share cached keys and values; None: everybody who asks without API key at alpha 1.
 
     Under another alpha, or another suppression set, the keys and values of the same text differ.
+    Between tenants they do not, but a prompt that is answered sooner tells that it is not new.
     """
-    if order.alpha == 1:
+    dose = None
+    if plan is not None and order is not None and order.alpha != 1:
+        dose = (plan.probes[order.probe].id, order.alpha)
+    if dose is None and not tenant:
         return None
-    return hashlib.sha256(f"{plan.probes[order.probe].id} {order.alpha!r}".encode()).hexdigest()
+    return hashlib.sha256(repr((tenant, dose)).encode()).hexdigest()

@@ -69,9 +69,21 @@ def test_the_compiled_graph_is_shared_by_probes_of_one_shape(plan, tiny_probes):
 def test_the_salt_tells_suppressed_caches_apart(plan):
     """I4: keys of one alpha must never serve another; at alpha 1 everybody shares."""
     orders = [Order(p, alpha, 0, whole_prompt=False) for p in (0, 1) for alpha in (0.0, 0.5, 2.0)]
-    assert len({salt(plan, order) for order in orders}) == len(orders)
-    assert salt(plan, orders[0]) == salt(plan, orders[0]._replace(contributors=3))
-    assert salt(plan, Order(0, 1.0, 0, whole_prompt=False)) is None
+    assert len({salt(plan, order, tenant=0) for order in orders}) == len(orders)
+    more = orders[0]._replace(contributors=3)
+    assert salt(plan, orders[0], tenant=0) == salt(plan, more, tenant=0)
+    assert salt(plan, Order(0, 1.0, 0, whole_prompt=False), tenant=0) is None
+
+
+def test_the_salt_tells_tenants_apart(plan):
+    """A prompt that is answered sooner tells that somebody has asked it before."""
+    plain, dosed = Order(0, 1.0, 0, whole_prompt=False), Order(0, 0.0, 0, whole_prompt=False)
+    salts = {
+        salt(*asked, tenant=tenant)
+        for asked in ((None, None), (plan, plain), (plan, dosed))
+        for tenant in (0, 1, 2)
+    }
+    assert len(salts) == 6, "with or without a probe, at alpha 1 the keys and values are the same"
 
 
 def test_contributions_come_from_the_token_head(plan, tiny_probes: tuple[Probe, ...]):
