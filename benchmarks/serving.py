@@ -11,13 +11,14 @@ is what the server's own process (not the engine) spends per token.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -28,6 +29,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from vllm.benchmarks.serve import add_cli_args
+from vllm.benchmarks.serve import main as bench_serve
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 PORT = 8765
 SECONDS_TO_START = 1200
@@ -38,17 +42,6 @@ FIGURES = {
     "median TTFT ms": "median_ttft_ms",
 }
 SERVERS = ("stock vLLM", "risk off", "risk on")
-# vLLM's own command line. It asks for the version of a package `vllm`, which the CPU build is not.
-VLLM = """
-import importlib.metadata as packages, sys
-from vllm.platforms import current_platform
-names = packages.packages_distributions()["vllm"]
-version = packages.version
-packages.version = lambda name: version(names[0] if name == "vllm" else name)
-from vllm.entrypoints.cli.main import main
-if __name__ == "__main__":
-    main()
-"""
 
 
 @dataclass(frozen=True)
@@ -68,7 +61,9 @@ def command_of(server: str, folder: Path, engine_args: str) -> list[str]:
     if server == "stock vLLM":
         served = ["--served-model-name", "demo", "--generation-config", "vllm"]
         common = ["--port", str(PORT), *engine_args.split()]
-        return [sys.executable, "-c", VLLM, "serve", str(folder), *served, *common]
+        # What `vllm serve` starts; that command does not find its own version in the CPU build.
+        stock = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        return [*stock, "--model", str(folder), *served, *common]
     ours = [sys.executable, "-m", "server", "demo", "--engine", "vllm", "--port", str(PORT)]
     return [*ours, "--max-num-seqs", "32", "--vllm-args", engine_args]
 
@@ -108,21 +103,20 @@ def measure(
     load: Load, folder: Path, server: psutil.Process, *, risk: bool | None
 ) -> dict[str, Any]:
     """What `vllm bench serve` says, and CPU microseconds of the server's process per token."""
-    with tempfile.TemporaryDirectory() as place:
-        command = [sys.executable, "-c", VLLM, "bench", "serve", "--backend", "openai-chat"]
-        command += ["--endpoint", "/v1/chat/completions", "--port", str(PORT), "--model", "demo"]
-        command += ["--tokenizer", str(folder), "--dataset-name", "random", "--ignore-eos"]
-        command += ["--random-input-len", "64", "--random-output-len", str(load.output_tokens)]
-        command += ["--num-prompts", str(load.requests), "--temperature", "0"]
-        command += ["--max-concurrency", str(load.concurrency), "--num-warmups", "2"]
-        command += ["--save-result", "--result-dir", place, "--result-filename", "result.json"]
-        command += ["--disable-tqdm"]
-        if risk is not None:
-            command += ["--extra-body", json.dumps({"risk": risk})]
-        before = sum(server.cpu_times()[:2])
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        spent = sum(server.cpu_times()[:2]) - before
-        result = json.loads((Path(place) / "result.json").read_text())
+    words = ["--backend", "openai-chat", "--endpoint", "/v1/chat/completions"]
+    words += ["--port", str(PORT), "--model", "demo", "--tokenizer", str(folder)]
+    words += ["--dataset-name", "random", "--random-input-len", "64", "--ignore-eos"]
+    words += ["--random-output-len", str(load.output_tokens), "--temperature", "0"]
+    words += ["--num-prompts", str(load.requests), "--num-warmups", "2"]
+    words += ["--max-concurrency", str(load.concurrency), "--disable-tqdm"]
+    if risk is not None:
+        words += ["--extra-body", json.dumps({"risk": risk})]
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    before = sum(server.cpu_times()[:2])
+    with contextlib.redirect_stdout(io.StringIO()):
+        result: dict[str, Any] = bench_serve(parser.parse_args(words))
+    spent = sum(server.cpu_times()[:2]) - before
     if result["completed"] != load.requests:
         raise SystemExit(f"only {result['completed']} of {load.requests} requests were answered")
     result["server_us_per_token"] = 1e6 * spent / result["total_output_tokens"]
@@ -139,7 +133,11 @@ def one_round(
         with running(command_of(names[0], folder, engine_args)) as server:
             for name in names[:: 1 if number % 2 == 0 else -1]:
                 risk = {"stock vLLM": None, "risk off": False, "risk on": True}[name]
-                found[name] = [measure(load, folder, server, risk=risk) for load in loads]
+                found[name] = []
+                for load in loads:
+                    found[name].append(measure(load, folder, server, risk=risk))
+                    speed = found[name][-1]["output_throughput"]
+                    print(f"{name}, {load}: {speed:.0f} tokens/s", file=sys.stderr)
     return found
 
 
