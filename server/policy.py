@@ -62,15 +62,13 @@ class Observer(NamedTuple):
     on_action: Callable[[str], None]  # "stopped", "withheld", "retried"
 
 
-async def answer(
+def answer(
     engine: Engine, order: Order, *, observer: Observer
 ) -> AsyncGenerator[Piece | Ending, None]:
     """Pieces of one choice, then its `Ending`; whatever the engine raises passes through."""
     policy = order.plan.policy if order.plan is not None else "flag"
     make = _at_once if policy in ("flag", "stop") else _withhold if policy == "withhold" else _retry
-    async with aclosing(make(engine, order, observer)) as events:
-        async for event in events:
-            yield event
+    return make(engine, order, observer)
 
 
 async def _at_once(

@@ -62,7 +62,14 @@ def serve(settings: Settings, *, announce: Callable[[str], None]) -> int:
         model = find_model(settings)
         engine = load_engine(settings, model, probes)
         service = make_service(settings, engine, model)
-        return asyncio.run(_run(settings, service, hashes, _Listening(main, metrics, announce)))
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            listening = _Listening(main, metrics, announce)
+            return runner.run(_run(settings, service, hashes, listening))
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop where it is installed, as uvicorn would choose: vLLM brings it, and it saves time."""
+    return uvicorn.Config(app="", loop="auto").get_loop_factory()
 
 
 async def _run(
@@ -132,7 +139,6 @@ def _config(app: ASGIApp, settings: Settings, *, is_public: bool = True) -> uvic
         http=DeadlineProtocol,
         ws="none",
         lifespan="off",
-        loop="asyncio",
         log_config=None,
         access_log=False,
         server_header=False,

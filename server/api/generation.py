@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import TypeVar
 
 import orjson
 from fastapi import Request
@@ -16,6 +14,7 @@ from starlette.responses import Response
 from probes.errors import HNeuronsError
 from server.answer_record import AnswerRecord, ChoiceRecord
 from server.api.errors import APIError, to_api_error
+from server.api.merge import merge
 from server.api.objects import Writer, usage
 from server.api.schemas import ChatRequest, CompletionRequest
 from server.api.sse import DONE, KEEP_ALIVE, ClientGoneError, EventStream, event, unless_gone
@@ -24,8 +23,6 @@ from server.engines.base import EngineOverloadedError, Step
 from server.monitor import RiskSummary, Token
 from server.policy import Ending, Observer, Order, Piece, answer
 from server.service import Service
-
-_T = TypeVar("_T")
 
 
 def new_id(prefix: str) -> str:
@@ -122,10 +119,11 @@ class _Run:
         tokens: list[list[Token]] = [[] for _ in self._orders]
         texts: list[list[str]] = [[] for _ in self._orders]
         async with aclosing(self._events(silence=None)) as events:
-            async for item in events:
-                if item is not None and isinstance(item[1], Piece):
-                    texts[item[0]].append(item[1].text)
-                    tokens[item[0]] += item[1].tokens
+            async for batch in events:
+                for i, item in batch:
+                    if isinstance(item, Piece):
+                        texts[i].append(item.text)
+                        tokens[i] += item.tokens
         choices = [
             self._writer.choice(i, Piece("".join(texts[i]), tuple(tokens[i])), self._endings[i])
             for i in range(len(self._orders))
@@ -135,21 +133,18 @@ class _Run:
     async def lines(
         self, *, with_usage: bool, record: dict[str, object]
     ) -> AsyncGenerator[bytes, None]:
-        """The same answer as events. What fails after the first one ends in an error event."""
+        """The same answer as events, those that come together in one piece.
+
+        What fails after the first one ends in an error event.
+        """
         has_begun = False
         try:
             async with aclosing(self._events(silence=self._service.keep_alive_seconds)) as events:
-                async for item in events:
-                    if not has_begun:
-                        has_begun = True
-                        for chunk in self._writer.openings():
-                            yield event(chunk)
-                    if item is None:
-                        yield KEEP_ALIVE
-                    elif isinstance(item[1], Piece):
-                        yield event(self._writer.delta(item[0], item[1]))
-                    else:
-                        yield event(self._writer.closing(item[0], item[1]))
+                async for batch in events:
+                    openings = [] if has_begun else self._writer.openings()
+                    has_begun = True
+                    chunks = [*openings, *(self._chunk(i, item) for i, item in batch)]
+                    yield b"".join(map(event, chunks)) or KEEP_ALIVE
         except HNeuronsError as error:
             if not has_begun:
                 raise
@@ -175,8 +170,8 @@ class _Run:
 
     async def _events(
         self, *, silence: float | None
-    ) -> AsyncGenerator[tuple[int, Piece | Ending] | None, None]:
-        """Pieces and endings of all choices as they come; None after `silence` seconds without."""
+    ) -> AsyncGenerator[list[tuple[int, Piece | Ending]], None]:
+        """Pieces and endings of all choices as they come; [] after `silence` seconds without."""
         metrics = self._service.metrics
         streams = [
             answer(self._service.engine, order, observer=self._observer(order))
@@ -184,11 +179,11 @@ class _Run:
         ]
         error_code: str | None = "aborted"
         try:
-            async with aclosing(_merge(streams, silence=silence)) as events:
-                async for item in events:
-                    if item is not None:
-                        self._note(*item)
-                    yield item
+            async with aclosing(merge(streams, silence=silence)) as events:
+                async for batch in events:
+                    for i, item in batch:
+                        self._note(i, item)
+                    yield batch
             error_code = None
         except EngineOverloadedError:
             error_code = "overloaded"
@@ -200,6 +195,11 @@ class _Run:
         finally:
             self._service.record(self._answer_record(error_code))
         metrics.request_finished(self._endpoint, seconds=self._service.clock() - self._started)
+
+    def _chunk(self, i: int, item: Piece | Ending) -> JSON:
+        if isinstance(item, Piece):
+            return self._writer.delta(i, item)
+        return self._writer.closing(i, item)
 
     def _note(self, i: int, event: Piece | Ending) -> None:
         if isinstance(event, Ending):
@@ -262,37 +262,6 @@ class _Run:
             prompt_tokens=self._prompt_tokens,
             completion_tokens=sum(e.completion_tokens for e in self._endings.values()),
         )
-
-
-async def _merge(
-    streams: Sequence[AsyncGenerator[_T, None]], *, silence: float | None
-) -> AsyncGenerator[tuple[int, _T] | None, None]:
-    """Items of all streams as they come, with their stream's number; None after silence.
-
-    The first error ends all of them; closing this closes them too.
-    """
-    waiting = {asyncio.ensure_future(anext(stream)): i for i, stream in enumerate(streams)}
-    try:
-        while waiting:
-            done, _ = await asyncio.wait(
-                waiting, timeout=silence, return_when=asyncio.FIRST_COMPLETED
-            )
-            if not done:
-                yield None
-            for task in sorted(done, key=waiting.__getitem__):
-                i = waiting.pop(task)
-                try:
-                    item = task.result()
-                except StopAsyncIteration:
-                    continue
-                yield i, item
-                waiting[asyncio.ensure_future(anext(streams[i]))] = i
-    finally:
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
-        for stream in streams:
-            await stream.aclose()
 
 
 async def _first(lines: AsyncGenerator[bytes, None]) -> bytes:

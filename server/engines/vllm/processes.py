@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import psutil
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 SECONDS_TO_END = 1.0  # for their own farewell; then they are killed
+SECONDS_BETWEEN_LOOKS = 0.5  # at files of the kernel, which takes a tenth of a millisecond each
 
 
 class EngineProcesses:
@@ -17,9 +19,17 @@ class EngineProcesses:
 
     def __init__(self) -> None:
         self._processes = psutil.Process().children(recursive=True)
+        self._next_look = 0.0
 
     def trouble(self) -> str:
-        """Why the engine cannot work, from the states of its processes; empty when it can."""
+        """Why the engine cannot work, from the states of its processes; empty when it can.
+
+        Looks at most every SECONDS_BETWEEN_LOOKS, however often it is asked.
+        """
+        now = time.monotonic()
+        if now < self._next_look:
+            return ""
+        self._next_look = now + SECONDS_BETWEEN_LOOKS
         for process in self._processes:
             try:
                 status = process.status()
