@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 _T = TypeVar("_T")
 
@@ -15,41 +15,57 @@ async def merge(
 ) -> AsyncGenerator[list[tuple[int, _T]], None]:
     """What has come since the last time, with the number of its stream; [] after `silence` seconds.
 
-    One task per stream, not one per item, reads ahead of a consumer that is slower: what comes
-    together goes on together. The first error ends all streams, after what came before it; closing
-    this closes them too.
+    What comes together goes on together. The first error ends all streams, after what came before
+    it; closing this closes them too.
     """
-    arrived: list[tuple[int, _T]] = []
-    has_news = asyncio.Event()
-
-    async def read(number: int, stream: AsyncGenerator[_T, None]) -> None:
-        try:
-            async with aclosing(stream):
-                async for item in stream:
-                    arrived.append((number, item))
-                    has_news.set()
-        finally:
-            has_news.set()
-
-    readers = [asyncio.create_task(read(i, stream)) for i, stream in enumerate(streams)]
+    inbox: _Inbox[_T] = _Inbox()
+    readers = [asyncio.create_task(inbox.read(i, stream)) for i, stream in enumerate(streams)]
+    clock = [] if silence is None else [asyncio.create_task(inbox.watch(silence))]
     open_readers = set(readers)
     try:
         while open_readers:
-            try:
-                async with asyncio.timeout(silence):
-                    await has_news.wait()
-            except TimeoutError:
-                yield []
-                continue
-            has_news.clear()
+            await inbox.has_news.wait()
+            inbox.has_news.clear()
             ended = {reader for reader in open_readers if reader.done()}
-            if arrived:
-                batch, arrived[:] = list(arrived), []
+            batch = inbox.take()
+            if batch or not ended:
                 yield batch
             for reader in ended:
                 reader.result()
             open_readers -= ended
     finally:
-        for reader in readers:
-            reader.cancel()
-        await asyncio.gather(*readers, return_exceptions=True)
+        for task in (*readers, *clock):
+            task.cancel()
+        await asyncio.gather(*readers, *clock, return_exceptions=True)
+
+
+class _Inbox(Generic[_T]):
+    """What has come and was not taken yet. Tasks per stream, none per item: items are tokens."""
+
+    def __init__(self) -> None:
+        self.has_news = asyncio.Event()
+        self._items: list[tuple[int, _T]] = []
+        self._is_silent = False
+
+    def take(self) -> list[tuple[int, _T]]:
+        items, self._items = self._items, []
+        return items
+
+    async def read(self, number: int, stream: AsyncGenerator[_T, None]) -> None:
+        """Everything of one stream; reads ahead of a consumer that is slower."""
+        try:
+            async with aclosing(stream):
+                async for item in stream:
+                    self._items.append((number, item))
+                    self._is_silent = False
+                    self.has_news.set()
+        finally:
+            self.has_news.set()
+
+    async def watch(self, silence: float) -> None:
+        """Tell when nothing has come for so many seconds, or for up to twice as many."""
+        while True:
+            self._is_silent = True
+            await asyncio.sleep(silence)
+            if self._is_silent:
+                self.has_news.set()

@@ -147,6 +147,7 @@ def _engine_arguments(words: list[str]) -> AsyncEngineArgs:
 def _start(arguments: AsyncEngineArgs, plan: MeterPlan | None) -> AsyncLLM:
     """vLLM's processes, up and compiled."""
     from vllm.platforms import current_platform
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
     arguments.generation_config = "vllm"  # sampling defaults are made above the seam
@@ -160,7 +161,7 @@ def _start(arguments: AsyncEngineArgs, plan: MeterPlan | None) -> AsyncLLM:
         arguments.kv_cache_memory_bytes = KV_CACHE_BYTES_ON_CPU
     with _ending_children():
         try:
-            config = arguments.create_engine_config()
+            config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)  # its defaults
             refuse(config)
             if plan is not None:
                 config.additional_config = plan

@@ -123,6 +123,24 @@ async def test_a_stream_without_reader_is_closed_and_counted(reason):
     assert lines.is_closed
 
 
+async def test_a_slow_engine_is_no_slow_client():
+    """The seconds count while a client is not reading, not while the next token is made."""
+
+    async def lines():
+        for _ in range(3):
+            await asyncio.sleep(0.1)
+            yield b"data: 1\n\n"
+
+    async def send(message):
+        sent.append(message)
+
+    rest, told, sent = lines(), [], []
+    stream = EventStream(await anext(rest), rest, on_abort=told.append, send_seconds=0.02)
+    await stream({}, forever, send)
+    assert told == []
+    assert sent[-1]["more_body"] is False
+
+
 async def test_a_client_that_leaves_before_the_first_byte_ends_the_work():
     """The generation has begun by then; nothing else would close it."""
     lines, told = Lines(), []
