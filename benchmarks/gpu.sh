@@ -14,7 +14,7 @@ python=.venv-vllm/bin/python
 "$python" -c 'import torch, transformers, vllm; print(vllm.__version__, torch.__version__, transformers.__version__)'
 
 echo "== values: every family, mixed and squeezed, under CUDA graphs"
-"$python" -m pytest -q tests/vllm
+"$python" -m pytest -q tests/vllm tests/engines -k vllm
 
 echo "== kernels per layer and time outside the graph"
 "$python" -m benchmarks.vllm_meter

@@ -49,3 +49,9 @@ def demo_model_path() -> Path:
     from server.demo_model import ensure_demo_model
 
     return ensure_demo_model()
+
+
+@pytest.fixture(scope="session")
+def vllm_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What one engine has compiled serves the next; another session's work decides no test."""
+    os.environ.setdefault("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("vllm-cache")))

@@ -63,6 +63,12 @@ class RunningServer:
             sock.sendall(data)
         return sock
 
+    def chat_bytes(self, content: str, **body: object) -> bytes:
+        """A chat as it goes over a socket, for clients that leave or do not read."""
+        payload = json.dumps({"model": self.model, "messages": [_said(content)], **body})
+        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+        return f"{head}content-length: {len(payload)}\r\n\r\n{payload}".encode()
+
     def metric(self, name: str) -> float:
         """Sum over the labels of one sample name on the metrics page."""
         page = self.client.get("/metrics").text

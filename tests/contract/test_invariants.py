@@ -16,10 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.api.answers import ChatCompletion, ChatCompletionChunk
 from server.engines.fake import FakeEngine
 from server.engines.fake_model import IM_END, fake_probe
-from server.policy import WITHHELD
+from tests.answers import check_choice, flattened, joined
 
 WORDS = ["in", "1969", "the", "7", "né", "日本語", "😀", "👩‍👩‍👧", "a1b2", "", ".", "\n", "[nan:3]"]
 TEXTS = st.lists(st.sampled_from(WORDS), max_size=8).map(" ".join)
@@ -47,94 +46,6 @@ REQUESTS = st.fixed_dictionaries(
     },
 )
 MANY = settings(max_examples=80)
-
-
-def joined(chunks):
-    """The whole answer that the chunks of a stream add up to."""
-    choices, usage = {}, None
-    for chunk in chunks:
-        assert "error" not in chunk, chunk
-        ChatCompletionChunk.model_validate(chunk)
-        if not chunk["choices"]:
-            assert usage is None, "usage comes once"
-            usage = chunk["usage"]
-            continue
-        assert usage is None, "usage is the last chunk"
-        (choice,) = chunk["choices"]
-        whole = choices.setdefault(
-            choice["index"],
-            {"text": "", "tokens": [], "logprobs": [], "ids": [], "risk": None, "finish": None},
-        )
-        assert whole["finish"] is None, "I8: nothing comes after the terminal event of a choice"
-        whole["text"] += choice["delta"].get("content", "")
-        risk = choice.get("risk")
-        if risk is not None:
-            whole["tokens"] += risk["tokens"]
-            whole["risk"] = risk if "status" in risk else whole["risk"]
-        whole["logprobs"] += (choice["logprobs"] or {"content": []})["content"]
-        whole["ids"] += choice.get("token_ids", [])
-        whole["finish"] = choice["finish_reason"]
-    assert all(choice["finish"] is not None for choice in choices.values()), "I8"
-    for choice in choices.values():
-        if choice["risk"] is not None:
-            choice["risk"] = {**choice["risk"], "tokens": choice.pop("tokens")}
-    return [choices[i] for i in sorted(choices)], usage
-
-
-def flattened(answer):
-    """The same shape, from an answer that was not streamed."""
-    ChatCompletion.model_validate(answer)
-    choices = []
-    for i, choice in enumerate(answer["choices"]):
-        assert choice["index"] == i
-        flat = {
-            "text": choice["message"]["content"],
-            "logprobs": (choice["logprobs"] or {"content": []})["content"],
-            "ids": choice.get("token_ids", []),
-            "risk": choice.get("risk"),
-            "finish": choice["finish_reason"],
-        }
-        choices.append(flat if flat["risk"] is not None else {**flat, "tokens": []})
-    return choices, answer["usage"]
-
-
-def check_choice(choice):
-    """I9, I10 and what a client may rely on inside one choice."""
-    text, risk = choice["text"], choice["risk"]
-    tokens, withheld = risk["tokens"], text == WITHHELD
-    for token in tokens:
-        assert token["risk"] is None or 0 <= token["risk"] <= 1
-    assert sum(risk["unscored"].values()) == sum(token["risk"] is None for token in tokens)
-    assert set(risk["unscored"]) <= {"not_read", "nonfinite"}
-    if withheld:
-        assert choice["finish"] == "content_filter"
-        assert all(token["token"] == "" and token["token_id"] is None for token in tokens)
-        assert choice["logprobs"] == choice["ids"] == risk["spans"] == []
-        return
-    assert "".join(token["token"] for token in tokens) == text
-    end = 0
-    for token in tokens:
-        assert token["start"] == end, "I10: no gap, no repetition"
-        end = token["end"]
-        assert text[token["start"] : end] == token["token"]
-    assert end == len(text)
-    visible = [token for token in tokens if token["token"]]
-    scored = [token for token in visible if token["risk"] is not None]
-    assert risk["status"] == (
-        "unavailable" if not scored else "scored" if len(scored) == len(visible) else "partial"
-    )
-    assert (risk["score"] is None) == (risk["flagged"] is None) == (not scored)
-    assert (risk["reason"] is None) == (risk["status"] == "scored")
-    flagged = [t["token"] for t in scored if t["risk"] >= risk["token_threshold"]]
-    assert "".join(span["text"] for span in risk["spans"]) == "".join(flagged)
-    for span in risk["spans"]:
-        assert text[span["start"] : span["end"]] == span["text"]
-        assert span["risk"] >= risk["token_threshold"] - 1e-12
-    assert risk["calibrated"] == (risk["alpha"] == 1)
-    if choice["logprobs"]:
-        assert [entry["risk"] for entry in choice["logprobs"]] == [t["risk"] for t in tokens]
-    if choice["ids"]:
-        assert choice["ids"] == [token["token_id"] for token in tokens]
 
 
 @pytest.mark.parametrize("position", ["read", "write"])

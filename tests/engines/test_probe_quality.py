@@ -1,4 +1,5 @@
-"""The shipped probe on the demo model, as a user meets it: over HTTP, at the default threshold.
+"""The shipped probe on the demo model, as a user meets it: over HTTP, at the default threshold, on
+either engine.
 
 Reads question files from beside the repository (`shared_data`; they are not part of the product).
 Nothing here was fitted or calibrated on: the ordinary prompts are those of the split `test`, the
@@ -8,7 +9,6 @@ questions are of relations that the card names as unseen.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +16,10 @@ import httpx
 import pytest
 
 from offline.answer_spans import CharSpan, locate_right, locate_wrong
-from offline.child_server import child_server
 from offline.judge import Case, by_alias, usable_aliases
 from offline.questions import Question, Source, read_questions
 from probes.probe import Probe
+from tests.running import RunningServer
 
 PER_RELATION = 12
 QUESTIONS = 120
@@ -50,21 +50,15 @@ def probe_path(repository: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(demo_model_path: Path, probe_path: Path) -> Iterator[str]:
-    with child_server(str(demo_model_path), in_flight=32, probes=[str(probe_path)]) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def long_answers(server: str, repository: Path) -> list[Scored]:
+def long_answers(server: RunningServer, repository: Path) -> list[Scored]:
     path = repository / "offline" / "data" / "ordinary_prompts.jsonl"
     prompts = [q for q in read_questions(Source.parse(f"{path}:ordinary")) if q.split == "test"]
     assert len(prompts) > 200
-    return asyncio.run(_ask(server, prompts[:LONG_ANSWERS], LONG_TOKENS))
+    return asyncio.run(_ask(server.address, prompts[:LONG_ANSWERS], LONG_TOKENS))
 
 
 @pytest.fixture(scope="module")
-def short_answers(server: str, shared_data: Path, probe_path: Path) -> list[Scored]:
+def short_answers(server: RunningServer, shared_data: Path, probe_path: Path) -> list[Scored]:
     unseen = Probe.load(probe_path).card.training["relations of the test part"].split("; ")
     path = shared_data / "wikidata_completions.jsonl"
     questions = [
@@ -73,7 +67,7 @@ def short_answers(server: str, shared_data: Path, probe_path: Path) -> list[Scor
         if f"{question.source}/{question.group}" in unseen
     ][:QUESTIONS]
     assert len(questions) > 60
-    return asyncio.run(_ask(server, questions, 24))
+    return asyncio.run(_ask(server.address, questions, 24))
 
 
 @pytest.fixture(scope="module")
