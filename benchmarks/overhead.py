@@ -29,19 +29,11 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from probes.calibration import OperatingPoint, Platt
-from probes.card import (
-    SCHEMA_VERSION,
-    ModelIdentity,
-    ProbeCard,
-    ReferenceRisks,
-    ResponseRule,
-    TokenRule,
-)
-from probes.cett import FORMULA_VERSION, column_norms
+from probes.card import ModelIdentity
+from probes.cett import column_norms
 from probes.neurons import find_ffns
 from probes.probe import Probe
-from probes.spans import Pooling
+from probes.random_probe import random_probe
 from server.demo_model import ensure_demo_model
 from server.engines.base import GenerationRequest, Sampling
 from server.engines.loader import load_transformers_engine
@@ -54,51 +46,8 @@ NEURONS = 100
 def synthetic_probe(model: PreTrainedModel, identity: ModelIdentity) -> Probe:
     """100 random neurons over all layers: reads as much as a fitted probe does."""
     ffns = find_ffns(model)
-    generator = torch.Generator().manual_seed(0)
-    width = ffns[0].intermediate_size
-    chosen = torch.randperm(len(ffns) * width, generator=generator)[:NEURONS].sort().values
-    layer, neuron = chosen // width, chosen % width
     norms = torch.stack([column_norms(f.weight.detach(), transposed=f.transposed) for f in ffns])
-    calibration = Platt(slope=1.0, intercept=0.0)
-    points = (OperatingPoint(name="half", threshold=0.5, false_positive_rate=0.1, recall=0.5),)
-    card = ProbeCard(
-        schema_version=SCHEMA_VERSION,
-        formula_version=FORMULA_VERSION,
-        name="benchmark",
-        position="read",
-        heads=("token",),
-        token=TokenRule(
-            head="token",
-            calibration=calibration,
-            operating_points=points,
-            default="half",
-            reference=ReferenceRisks(edges=(0.5,), shares=(0.5, 0.5)),
-        ),
-        response=ResponseRule(
-            head="token",
-            pooling=Pooling(kind="max"),
-            calibration=calibration,
-            operating_points=points,
-            default="half",
-        ),
-        model=identity,
-        training={},
-        evaluation=(),
-        reliability=(),
-        not_good_for=("anything but this benchmark",),
-        libraries={},
-        created=datetime.datetime.now(datetime.UTC).date().isoformat(),
-        tensors_sha256="",
-        known_answers=(),
-    )
-    return Probe.make(
-        card,
-        layer=layer.numpy(),
-        neuron=neuron.numpy(),
-        weight=torch.randn(NEURONS, 1, generator=generator).numpy(),
-        column_norm=norms[layer, neuron].numpy(),
-        bias=[0.0],
-    )
+    return random_probe(identity, norms, name="benchmark", neurons=NEURONS, heads=["token"])
 
 
 def make_prompts(batch: int, vocab_size: int) -> list[list[int]]:

@@ -22,18 +22,9 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 from vllm.model_executor.layers.linear import RowParallelLinear
 
-from probes.calibration import OperatingPoint, Platt
-from probes.card import (
-    SCHEMA_VERSION,
-    ModelIdentity,
-    ProbeCard,
-    ReferenceRisks,
-    ResponseRule,
-    TokenRule,
-)
-from probes.cett import FORMULA_VERSION
+from probes.card import ModelIdentity
 from probes.probe import Probe
-from probes.spans import Pooling
+from probes.random_probe import random_probe
 from server.engines.vllm.meter import WorkerMeter
 from server.engines.vllm.plan import EXTRA_ARGS_KEY, MeterPlan, Order
 from server.engines.vllm.tap import Reader, Tap
@@ -83,14 +74,7 @@ class Stack(nn.Module):
 
 def make_probe(model: Stack, neurons: int) -> Probe:
     """So many random neurons, spread evenly."""
-    generator = torch.Generator().manual_seed(0)
     layers = len(model.layers)
-    chosen = torch.randperm(layers * WIDTH, generator=generator)[:neurons].sort().values
-    layer, neuron = chosen // WIDTH, chosen % WIDTH
-    norms = model.column_norms
-    point = OperatingPoint(name="half", threshold=0.5, false_positive_rate=0.1, recall=0.5)
-    platt = Platt(slope=1.0, intercept=0.0)
-    rule = {"calibration": platt, "operating_points": (point,), "default": "half"}
     identity = ModelIdentity(
         model_id="stack",
         revision="",
@@ -104,34 +88,8 @@ def make_probe(model: Stack, neurons: int) -> Probe:
         hidden_size=HIDDEN,
         vocab_size=2,
     )
-    card = ProbeCard(
-        schema_version=SCHEMA_VERSION,
-        formula_version=FORMULA_VERSION,
-        name="stack",
-        position="read",
-        heads=("token",),
-        token=TokenRule(
-            head="token", reference=ReferenceRisks(edges=(0.5,), shares=(0.5, 0.5)), **rule
-        ),
-        response=ResponseRule(head="token", pooling=Pooling(kind="max"), **rule),
-        model=identity,
-        training={},
-        evaluation=(),
-        reliability=(),
-        not_good_for=(),
-        libraries={},
-        created="2026-11-28",
-        tensors_sha256="",
-        known_answers=(),
-    )
-    return Probe.make(
-        card,
-        layer=layer.numpy(),
-        neuron=neuron.numpy(),
-        weight=torch.randn(neurons, 1, generator=generator).numpy(),
-        column_norm=norms[layer, neuron].numpy(),
-        bias=[0.0],
-    )
+    norms = model.column_norms
+    return random_probe(identity, norms, name="stack", neurons=neurons, heads=["token"])
 
 
 def make_plan(model: Stack, neurons: int, *, suppression: bool) -> MeterPlan:

@@ -15,10 +15,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 
-from probes.calibration import OperatingPoint, Platt
-from probes.card import ModelIdentity, ProbeCard, ReferenceRisks, ResponseRule, TokenRule
+from probes.card import ModelIdentity
 from probes.probe import Probe
-from probes.spans import Pooling
+from probes.random_probe import random_probe
 from server.engines.base import GenerationRequest, Sampling, Step
 
 VOCAB = 128
@@ -164,41 +163,7 @@ def make_probe(identity: ModelIdentity, norms: Tensor, *, name: str, seed: int) 
     under 1e-6; plain Gemma 3 differs from itself by 0.06 of a spread of 1 when its text is 6 tokens
     longer, because the CPU's attention kernel then cuts its blocks elsewhere.
     """
-    generator = torch.Generator().manual_seed(seed)
-    layers, width = norms.shape
-    chosen = torch.randperm(layers * width, generator=generator)[:40].sort().values
-    layer, neuron = chosen // width, chosen % width
-    platt = Platt(slope=1.0, intercept=0.0)
-    point = OperatingPoint(name="half", threshold=0.5, false_positive_rate=0.1, recall=0.5)
-    rule = {"calibration": platt, "operating_points": (point,), "default": "half"}
-    card = ProbeCard(
-        schema_version=1,
-        formula_version=1,
-        name=name,
-        position="read",
-        heads=("token", "answer"),
-        token=TokenRule(
-            head="token", reference=ReferenceRisks(edges=(0.5,), shares=(0.5, 0.5)), **rule
-        ),
-        response=ResponseRule(head="answer", pooling=Pooling(kind="max"), **rule),
-        model=identity,
-        training={},
-        evaluation=(),
-        reliability=(),
-        not_good_for=(),
-        libraries={},
-        created="2026-11-23",
-        tensors_sha256="",
-        known_answers=(),
-    )
-    return Probe.make(
-        card,
-        layer=layer.numpy(),
-        neuron=neuron.numpy(),
-        weight=torch.randn(40, 2, generator=generator).numpy() / 2,
-        column_norm=norms[layer, neuron].numpy(),
-        bias=torch.randn(2, generator=generator).numpy(),
-    )
+    return random_probe(identity, norms, name=name, neurons=40, seed=seed, scale=0.5)
 
 
 def random_prompts() -> list[list[int]]:

@@ -14,18 +14,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from probes.calibration import OperatingPoint, Platt
-from probes.card import (
-    SCHEMA_VERSION,
-    ModelIdentity,
-    ProbeCard,
-    ReferenceRisks,
-    ResponseRule,
-    TokenRule,
-)
-from probes.cett import FORMULA_VERSION, column_norms
+from probes.card import ModelIdentity
+from probes.cett import column_norms
 from probes.probe import Probe
-from probes.spans import Pooling
+from probes.random_probe import random_probe
 from server.engines.base import GenerationRequest, Sampling, Step
 from server.engines.loader import load_transformers_engine
 from server.engines.transformers import TransformersEngine
@@ -72,50 +64,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_probe(identity: ModelIdentity, model: LlamaForCausalLM, *, name: str, seed: int) -> Probe:
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(LAYERS * WIDTH, generator=generator)[:20].sort().values
-    layer, neuron = chosen // WIDTH, chosen % WIDTH
     norms = torch.stack([column_norms(block.mlp.down_proj.weight) for block in model.model.layers])
-    point = OperatingPoint(name="half", threshold=0.5, false_positive_rate=0.1, recall=0.5)
-    platt = Platt(slope=1.0, intercept=0.0)
-    card = ProbeCard(
-        schema_version=SCHEMA_VERSION,
-        formula_version=FORMULA_VERSION,
-        name=name,
-        position="read",
-        heads=("token", "answer"),
-        token=TokenRule(
-            head="token",
-            calibration=platt,
-            operating_points=(point,),
-            default="half",
-            reference=ReferenceRisks(edges=(0.5,), shares=(0.5, 0.5)),
-        ),
-        response=ResponseRule(
-            head="answer",
-            pooling=Pooling(kind="max"),
-            calibration=platt,
-            operating_points=(point,),
-            default="half",
-        ),
-        model=identity,
-        training={},
-        evaluation=(),
-        reliability=(),
-        not_good_for=(),
-        libraries={},
-        created="2026-11-23",
-        tensors_sha256="",
-        known_answers=(),
-    )
-    return Probe.make(
-        card,
-        layer=layer.numpy(),
-        neuron=neuron.numpy(),
-        weight=torch.randn(20, 2, generator=generator).numpy() * 3,
-        column_norm=norms.detach()[layer, neuron].numpy(),
-        bias=torch.randn(2, generator=generator).numpy(),
-    )
+    return random_probe(identity, norms.detach(), name=name, neurons=20, seed=seed, scale=3)
 
 
 @pytest.fixture(scope="session")
