@@ -225,3 +225,27 @@ class OpenStream:
         assert not self._thread.is_alive(), "the stream never ended"
         assert self.error is None, self.error
         return self.events
+
+
+class Watch:
+    """What `/readyz` says over a connection that is kept open, until there is none."""
+
+    def __init__(self, server: RunningServer) -> None:
+        self.said: list[int] = []
+        self._thread = threading.Thread(target=self._look, args=(server.port,))
+        self._thread.start()
+        wait_until(lambda: self.said == [200] * len(self.said) != [])
+
+    def _look(self, port: int) -> None:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
+            try:
+                while True:
+                    self.said.append(client.get("/readyz").status_code)
+                    time.sleep(0.02)
+            except httpx.HTTPError:
+                return
+
+    def over(self) -> list[int]:
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+        return self.said

@@ -30,6 +30,15 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
+def context(engine: str) -> int:
+    """Tokens that prompt and answer may have together.
+
+    vLLM keeps one place free, for the pass that reads the last token.
+    """
+    return CONTEXT - 1 if engine == "vllm" else CONTEXT
+
+
+@pytest.fixture(scope="session")
 def server(
     engine: str,
     demo_model_path: object,

@@ -1,7 +1,7 @@
 """The server's processes die, stop or do not fit: clients are told, nothing stays, nobody lies.
 
-The demo model over HTTP. Graphs are traced but not compiled, which these tests do not need and
-which takes half a minute each.
+The demo model over HTTP; SIGTERM is sent in tests/engines. Graphs are traced but not compiled,
+which these tests do not need and which takes half a minute each.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.running import OpenStream, RunningServer, ending, running_server, wait_until
+from tests.running import OpenStream, RunningServer, Watch, ending, running_server, wait_until
 
 TRACED = """--compilation-config '{"backend": "eager"}'"""
 QUESTION = "Tell me about the sea."
@@ -38,30 +38,6 @@ def processes_of(server: RunningServer) -> list[psutil.Process]:
 def assert_none_left(processes: list[psutil.Process]) -> None:
     _, alive = psutil.wait_procs(processes, timeout=10)
     assert not alive
-
-
-class Watch:
-    """What `/readyz` says over a connection that is kept open, until there is none."""
-
-    def __init__(self, server: RunningServer) -> None:
-        self.said: list[int] = []
-        self._thread = threading.Thread(target=self._look, args=(server.port,))
-        self._thread.start()
-        wait_until(lambda: self.said == [200] * len(self.said) != [])
-
-    def _look(self, port: int) -> None:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
-            try:
-                while True:
-                    self.said.append(client.get("/readyz").status_code)
-                    time.sleep(0.02)
-            except httpx.HTTPError:
-                return
-
-    def over(self) -> list[int]:
-        self._thread.join(10)
-        assert not self._thread.is_alive()
-        return self.said
 
 
 @pytest.mark.parametrize(
@@ -87,18 +63,4 @@ def test_a_process_that_is_lost_ends_streams_and_server(server, victim, blow):
     assert whole[0].json()["error"]["code"] == "engine_dead"
     assert watch.over()[-1] == 503
     assert server.wait(20) == 4
-    assert_none_left(processes)
-
-
-def test_sigterm_under_load_ends_every_stream(server):
-    """Prevents: F15 with more processes than one, each of which hears a signal of its own."""
-    processes = processes_of(server)
-    streams = [OpenStream(server, QUESTION, **LONG) for _ in range(16)]
-    watch = Watch(server)
-    server.process.send_signal(signal.SIGTERM)
-    started = time.monotonic()
-    assert [ending(stream.finished()) for stream in streams] == ["shutdown"] * 16
-    assert time.monotonic() - started < 1 + SECONDS_TO_TELL  # the drain timeout
-    assert 503 in watch.over()
-    assert server.wait(20) == 0
     assert_none_left(processes)
