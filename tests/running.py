@@ -139,6 +139,7 @@ def running_server(
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
+            # One thread: two collapse when other tests run beside them.
             env={**inherited, "OMP_NUM_THREADS": "1", **(environment or {})},
         )
     watchdog = _KillAfter(process, seconds)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import openai
 import pytest
 from langchain_openai import ChatOpenAI
 
@@ -272,32 +271,3 @@ def test_the_clients_own_stream_helper_keeps_risk_in_logprobs(client):
     (expected,) = client.chat.completions.create(**arguments).choices
     assert choice.message.content == expected.message.content
     assert [e.risk for e in choice.logprobs.content] == [e.risk for e in expected.logprobs.content]
-
-
-REFUSED = [
-    ({"risk": {"alpha": 4}}, 400, "risk.alpha", "invalid_value"),
-    ({"risk": {"probe": "none"}}, 404, "risk.probe", "probe_not_found"),
-    ({"risk": {"layer": 4}}, 400, "risk.layer", "unknown_parameter"),
-    ({"model": "gpt-9"}, 404, "model", "model_not_found"),
-    ({"temperature": 3}, 400, "temperature", "invalid_value"),
-    ({"logit_bias": {"99999999": 1}}, 400, "logit_bias", "invalid_value"),
-    ({"max_tokens": 1024}, 400, "max_tokens", "context_length_exceeded"),
-    (
-        {"messages": [{"role": "user", "content": "sea " * 2000}]},
-        *(400, "messages", "context_length_exceeded"),
-    ),
-    ({"messages": [{"role": "robot", "content": "hi"}]}, 400, "messages.0.role", "invalid_value"),
-]
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(
-    ("fields", "status", "param", "code"), REFUSED, ids=lambda value: str(value)[:30]
-)
-def test_refusals_are_the_clients_own_exceptions(client, fields, status, param, code, stream):
-    """`except openai.BadRequestError as e: e.param` is how applications handle them."""
-    with pytest.raises(openai.APIStatusError) as refused:
-        client.chat.completions.create(**request(stream=stream, **fields))
-    error = refused.value
-    assert (error.status_code, error.param, error.code) == (status, param, code)
-    assert error.type == "invalid_request_error"

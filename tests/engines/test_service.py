@@ -7,6 +7,7 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import openai
 import psutil
 import pytest
 
@@ -21,6 +22,10 @@ NOISE = 0.05  # of a risk in bfloat16, when a token is read beside others
 
 # vLLM's probe is compiled into its graph: replicas are rolled instead.
 RELOAD = {"transformers": "loaded", "vllm": "rejected"}
+
+
+def said(content, role="user"):
+    return {"role": role, "content": content}
 
 
 def is_idle(server):
@@ -45,6 +50,34 @@ def test_it_is_ready_and_says_what_it_serves(server, context):
     probes = get("/v1/probes").json()
     ProbeList.model_validate(probes)
     assert [probe["name"] for probe in probes["data"]] == ["smollm2-135m-instruct"]
+
+
+REFUSED = [
+    ({"risk": {"alpha": 4}}, 400, "risk.alpha", "invalid_value"),
+    ({"risk": {"probe": "none"}}, 404, "risk.probe", "probe_not_found"),
+    ({"risk": {"layer": 4}}, 400, "risk.layer", "unknown_parameter"),
+    ({"model": "gpt-9"}, 404, "model", "model_not_found"),
+    ({"temperature": 3}, 400, "temperature", "invalid_value"),
+    ({"logit_bias": {"99999999": 1}}, 400, "logit_bias", "invalid_value"),
+    ({"max_tokens": 1024}, 400, "max_tokens", "context_length_exceeded"),
+    ({"messages": [said("sea " * 2000)]}, 400, "messages", "context_length_exceeded"),
+    ({"messages": [said("hi", "robot")]}, 400, "messages.0.role", "invalid_value"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "status", "param", "code"), REFUSED, ids=[param for _, _, param, _ in REFUSED]
+)
+def test_refusals_are_the_clients_own_exceptions(client, fields, status, param, code, stream):
+    """`except openai.BadRequestError as e: e.param` is how applications handle them."""
+    with pytest.raises(openai.APIStatusError) as refused:
+        client.chat.completions.create(
+            model="demo", messages=[said(SEA)], stream=stream, extra_body=fields
+        )
+    error = refused.value
+    assert (error.status_code, error.param, error.code) == (status, param, code)
+    assert error.type == "invalid_request_error"
 
 
 def test_the_context_can_be_filled_to_its_last_place(server, context):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pkgutil
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,8 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+
+from tests.running import running_server
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
@@ -34,18 +35,11 @@ def relative(path: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A fake engine behind the real command, under the name that the documents use."""
-    command = [sys.executable, "-m", "server", "demo", "--engine", "fake", "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        announced = re.search(r"playground: http://([\d.:]+)/", process.stdout.readline())
-        assert announced, "the server did not say where its page is"
-        yield announced[1]
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
+    folder = tmp_path_factory.mktemp("server")
+    with running_server(folder, "demo", "--engine", "fake") as server:
+        yield f"127.0.0.1:{server.port}"
 
 
 @pytest.mark.parametrize("path", RUNNABLE, ids=relative)

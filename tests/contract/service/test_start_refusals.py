@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import logging
 import os
 import pickle
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,10 @@ from server.engines.base import ScoreRequest
 from server.engines.fake import FakeEngine
 from server.engines.fake_model import fake_probe
 
-pytestmark = pytest.mark.timeout(120)  # a server that starts after all would run for ever
-
-
-@pytest.fixture(autouse=True)
-def restored_logging() -> Iterator[None]:
-    """`run` takes the log over, as a process may and a test may not."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    logging.captureWarnings(False)
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    for name in ("server", "probes"):
-        logging.getLogger(name).setLevel(logging.NOTSET)
+pytestmark = [
+    pytest.mark.timeout(120),  # a server that starts after all would run for ever
+    pytest.mark.usefixtures("restored_logging"),
+]
 
 
 @pytest.fixture

@@ -9,17 +9,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from urllib.parse import urlsplit
 
-import httpx
 import pytest
 from playwright.sync_api import (
     Browser,
@@ -30,8 +24,8 @@ from playwright.sync_api import (
     sync_playwright,
 )
 
-READY_SECONDS = 120.0
-CACHE = "HNEURONS_CACHE"  # where the demo model lies; other settings decide no test
+from tests.running import running_server
+
 CHROMIUM_FLAGS = (
     "--disable-gpu",
     "--disable-quic",
@@ -60,15 +54,14 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="session")
-def serve(
-    repository: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[..., str]]:
-    """Start `python -m server ARGUMENTS` on a free port; gives its address once it is ready."""
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
+    """`serve(MODEL, *flags, **environment)`: the address of a server's page."""
     with ExitStack() as servers:
 
-        def start(*arguments: str, **environment: str) -> str:
-            log = tmp_path_factory.mktemp("server") / "log"
-            return servers.enter_context(_server(repository, log, arguments, environment))
+        def start(model: str, *flags: str, **environment: str) -> str:
+            folder = tmp_path_factory.mktemp("server")
+            server = running_server(folder, model, *flags, environment=environment)
+            return f"{servers.enter_context(server).address}/"
 
         yield start
 
@@ -137,45 +130,3 @@ new PerformanceObserver((list) => {
   for (const entry of list.getEntries()) globalThis.layoutShift += entry.value;
 }).observe({ type: "layout-shift", buffered: true });
 """
-
-
-@contextmanager
-def _server(
-    repository: Path, log: Path, arguments: tuple[str, ...], environment: dict[str, str]
-) -> Iterator[str]:
-    port = _free_port()
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("HNEURONS_") or k == CACHE}
-    command = [sys.executable, "-m", "server", *arguments, "--port", str(port)]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=repository,
-            env=kept | environment,
-            stdout=output,
-            stderr=output,
-        )
-    try:
-        _wait_until_ready(f"http://127.0.0.1:{port}", process, log)
-        yield f"http://127.0.0.1:{port}/"
-    finally:
-        process.kill()  # how a server ends is tested elsewhere
-        process.wait()
-
-
-def _wait_until_ready(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + READY_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if httpx.get(f"{address}/readyz").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass  # not listening yet
-        time.sleep(0.1)
-    pytest.fail(f"the server did not become ready:\n{log.read_text(errors='replace')[-4000:]}")
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port

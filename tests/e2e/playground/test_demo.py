@@ -26,7 +26,7 @@ ANSWER_MS = 240_000  # two answers of some 50 tokens, on a machine that does oth
 @pytest.fixture(scope="session")
 def demo(demo_model_path: Path, serve: Callable[..., str]) -> str:
     """Address of `make serve`: the demo model with the shipped probe."""
-    return serve("demo", OMP_NUM_THREADS="1")  # does not collapse when other tests run beside it
+    return serve("demo")
 
 
 def test_the_screenshot_shows_a_real_answer_with_tinted_tokens(
