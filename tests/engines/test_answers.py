@@ -265,9 +265,10 @@ def test_langchain_keeps_every_risk(server):
 
 def test_the_clients_own_stream_helper_keeps_risk_in_logprobs(client):
     """`.stream()` drops unknown fields of a choice; the entry in logprobs is the way out."""
-    arguments = request(logprobs=True, risk=True)
+    arguments = request(logprobs=True, risk=True, stop=".", max_tokens=64)
     with client.chat.completions.stream(**arguments) as stream:
         (choice,) = stream.get_final_completion().choices
     (expected,) = client.chat.completions.create(**arguments).choices
+    assert choice.finish_reason == expected.finish_reason == "stop"
     assert choice.message.content == expected.message.content
     assert [e.risk for e in choice.logprobs.content] == [e.risk for e in expected.logprobs.content]

@@ -16,6 +16,7 @@ from tests.running import OpenStream, Watch, ending, wait_until
 
 SEA = "Tell me about the sea."
 FOREVER = {"max_tokens": 900, "ignore_eos": True, "risk": True}
+WORD = 1000  # a token with text
 AT_ONCE = 32  # requests that decode and that wait, see conftest.py
 SECONDS = 60.0  # for what takes a second on an idle machine
 NOISE = 0.05  # of a risk in bfloat16, when a token is read beside others
@@ -82,18 +83,18 @@ def test_refusals_are_the_clients_own_exceptions(client, fields, status, param, 
 
 def test_the_context_can_be_filled_to_its_last_place(server, context):
     """One token more than fits has crashed engines; one less than fits is a broken promise."""
-    body = {"model": "demo", "prompt": [9] * (context - 1), "max_tokens": 1, "risk": True}
+    body = {"model": "demo", "prompt": [WORD] * (context - 1), "max_tokens": 1, "risk": True}
     full = server.client.post("/v1/completions", json={**body, "ignore_eos": True})
     assert full.status_code == 200, full.text
     (token,) = full.json()["choices"][0]["risk"]["tokens"]
     assert 0 <= token["risk"] <= 1
-    scored = {"prompt_token_ids": [9], "token_ids": [9] * (context - 1)}
+    scored = {"prompt_token_ids": [WORD], "token_ids": [WORD] * (context - 1)}
     given = server.client.post("/v1/risk", json=scored)
     assert given.json()["risk"]["status"] == "scored"
     assert given.json()["usage"]["scored_tokens"] == context - 1
     for path, change in (
         ("/v1/completions", {**body, "max_tokens": 2}),
-        ("/v1/risk", {**scored, "prompt_token_ids": [9, 9]}),
+        ("/v1/risk", {**scored, "prompt_token_ids": [WORD, WORD]}),
     ):
         refused = server.client.post(path, json=change)
         assert refused.status_code == 400
@@ -136,8 +137,8 @@ def test_metrics_count_what_happened(server):
         "suppressed_responses_total": 1,
         "policy_actions_total": 1,
         "request_duration_seconds_count": 1,
-        "time_to_first_token_seconds_count": 2,
-        "inter_token_latency_seconds_count": 8,
+        "time_to_first_token_seconds_count": 1,
+        "inter_token_latency_seconds_count": 9,
     }
     before = {name: server.metric(f"hneurons_{name}") for name in counted}
     seconds = server.metric("hneurons_forward_seconds_total")
