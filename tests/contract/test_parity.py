@@ -80,7 +80,7 @@ async def test_served_logits_equal_the_formula(name, dtype, tmp_path):
     reference = reference_of(tmp_path, family.down, transposed=family.transposed)
     identity = await identity_of(tmp_path)
     probes = [
-        make_probe(identity, reference.norms(), name=label, seed=seed)
+        make_probe(identity, reference.norms, name=label, seed=seed)
         for seed, label in enumerate(("one", "two"))
     ]
     requests = make_requests(random_prompts(), 5)
@@ -99,7 +99,7 @@ async def test_served_logits_equal_the_formula_on_the_demo_model(
     reference.model.to(getattr(torch, dtype))
     identity = await identity_of(demo_model_path, dtype=dtype)
     probes = [
-        make_probe(identity, reference.norms(), name=label, seed=seed)
+        make_probe(identity, reference.norms, name=label, seed=seed)
         for seed, label in enumerate(("one", "two"))
     ]
     tokenizer = hf.AutoTokenizer.from_pretrained(demo_model_path)

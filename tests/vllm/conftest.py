@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,13 @@ def collected() -> Iterator[None]:
     """vLLM leaves the sockets of closed engines to the collector, which warns: here, not later."""
     yield
     gc.collect()
+
+
+def pytest_sessionfinish() -> None:
+    """The same for the last engine, which the last test still held."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 StartEngine = Callable[..., Any]
@@ -101,5 +109,5 @@ def probes_of(folder: Path, reference: Reference, dtype: str | None = None) -> l
     model = load_weights(folder, revision=None, dtype=dtype)
     tokenizer = load_tokenizer(folder, revision=None)
     identity = identify(model, find_ffns(model), tokenizer, model_id="parity")
-    norms = reference.norms()
+    norms = reference.norms
     return [make_probe(identity, norms, name=n, seed=s) for s, n in enumerate(("one", "two"))]

@@ -49,7 +49,7 @@ def open_up() -> Iterator[None]:
 
 
 def _reversed_rows(begin: Any) -> Any:
-    return lambda meter, ids, counts: begin(meter, list(ids)[::-1], counts)
+    return lambda meter, ids, *rows: begin(meter, list(ids)[::-1], *rows)
 
 
 def _rows_of_the_last_pass(cett_of: Any) -> Any:
@@ -63,6 +63,10 @@ def _rows_of_the_last_pass(cett_of: Any) -> Any:
     return stale
 
 
+def _rows_of_neighbours(cett_of: Any) -> Any:
+    return lambda meter, rows: cett_of(meter, rows).roll(1, 0)
+
+
 def _doses_of_the_last_pass(fill_in: Any) -> Any:
     before: list[Any] = []
 
@@ -73,8 +77,25 @@ def _doses_of_the_last_pass(fill_in: Any) -> Any:
     return stale
 
 
+def _other_half_of_the_columns(cett_of: Any) -> Any:
+    """With two ranks: each neuron is looked for where the other rank has one of its layer."""
+
+    def swapped(meter: Any, rows: torch.Tensor) -> torch.Tensor:
+        flat = meter._flat
+        cells = meter._buffers.cett.shape[0] * meter._buffers.cett.shape[2] * meter._ranks
+        meter._flat = (flat + cells // 2) % cells
+        try:
+            return cett_of(meter, rows)
+        finally:
+            meter._flat = flat
+
+    return swapped
+
+
 MUTANTS: dict[str, tuple[str, Mutant]] = {
     "row order swapped": ("begin", _reversed_rows),
+    "readings of neighbours": ("_cett_of", _rows_of_neighbours),
+    "columns of another rank": ("_cett_of", _other_half_of_the_columns),
     "stale readings": ("_cett_of", _rows_of_the_last_pass),
     "stale doses": ("_fill_in_doses", _doses_of_the_last_pass),
 }

@@ -54,7 +54,7 @@ async def test_a_model_that_vllm_does_not_compile_is_refused(start_engine, make_
     [
         ("--quantization fp8", "quantization"),
         ("--enforce-eager", "--enforce-eager"),
-        ("--tensor-parallel-size 2", "--tensor-parallel-size"),
+        ("--nnodes 2 --master-addr 127.0.0.1", "--nnodes"),
         ("--pipeline-parallel-size 2", "--pipeline-parallel-size"),
         ("--data-parallel-size 2", "--data-parallel-size"),
         ("--enable-lora", "--enable-lora"),

@@ -85,10 +85,12 @@ def refuse(config: VllmConfig) -> None:
     )
     compilation = config.compilation_config.mode
     reasons = {
-        "--tensor-parallel-size above 1": parallel.tensor_parallel_size > 1,
         "--pipeline-parallel-size above 1": parallel.pipeline_parallel_size > 1,
         "--data-parallel-size above 1 (run several servers behind a balancer)": (
             parallel.data_parallel_size > 1
+        ),
+        "--distributed-executor-backend other than mp, or --nnodes above 1": (
+            parallel.distributed_executor_backend not in ("mp", "uni") or parallel.nnodes > 1
         ),
         "--speculative-config": config.speculative_config is not None,
         "--enable-lora": config.lora_config is not None,

@@ -154,11 +154,11 @@ class WorkerMeter:
         dose[: len(rows)].copy_(rows, non_blocking=True)
 
     def read(self, positions: Tensor) -> Pending | None:
-        """After the pass; `positions` of all its rows. None when there was none."""
-        if not self._is_running:
-            return None
-        self._is_running = False
+        """After the pass; `positions` of all its rows. None when nothing of it is to be read."""
+        was_running, self._is_running = self._is_running, False
         step, rows = self._layout, self._layout.rows
+        if not was_running or len(rows) == 0:
+            return None
         values = self._cett_of(rows)
         logits = values @ self._weight + self._bias
         numbers = torch.cat([positions[rows].float().unsqueeze(-1), logits], dim=-1)
