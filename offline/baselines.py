@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from offline.dataset import Dataset
-from offline.examples import answer_means, token_rows
+from offline.examples import Halves, token_rows
 from offline.extract import WHOLE, Kind
 from offline.features import Features, FloatArray, IntArray
 from offline.fit import FitResult
@@ -85,8 +85,13 @@ def random_neurons(data: Dataset, result: FitResult, rows: IntArray) -> Floats:
     return scores
 
 
-def answer_detectors(data: Dataset, answers: IntArray) -> dict[str, Floats]:
-    """Name -> score of whole answers: what is free, and dense readers of the same pass."""
+def answer_detectors(
+    data: Dataset, answers: IntArray, *, seen: Halves, asked: Halves
+) -> dict[str, Floats]:
+    """Name -> score of whole answers: what is free, and dense readers of the same pass.
+
+    seen, asked: `answer_means` of the answers to fit on and of `answers`.
+    """
     fitted = data.answered("fit")
     wrong, units = data.hallucinated(fitted), data.unit[data.first[fitted]].tolist()
     detectors = {
@@ -98,16 +103,17 @@ def answer_detectors(data: Dataset, answers: IntArray) -> dict[str, Floats]:
         model = _dense(_residual_means(data, fitted, layer), wrong, units)
         scores = model.read(_residual_means(data, answers, layer))
         detectors[f"residual layer {layer}, dense"] = scores
-    detectors["CETT of all neurons, dense"] = _dense_cett(data, fitted, answers, wrong, units)
+    detectors["CETT of all neurons, dense"] = _dense_cett(seen, asked, wrong, units)
     return detectors
 
 
-def random_answer_neurons(data: Dataset, result: FitResult, answers: IntArray) -> Floats:
+def random_answer_neurons(
+    data: Dataset, result: FitResult, *, seen: Halves, asked: Halves
+) -> Floats:
     """`[draws, answers]`: as many neurons as the probe has, drawn at random, fitted on answers."""
     random = np.random.default_rng(result.settings.seed)
     fitted = data.answered("fit")
     wrong, units = data.hallucinated(fitted), data.unit[data.first[fitted]].tolist()
-    seen, asked = answer_means(data, fitted), answer_means(data, answers)
     scores = []
     for _ in range(RANDOM_DRAWS):
         columns = random.choice(data.features.width, len(result.chosen.columns), replace=False)
@@ -152,18 +158,17 @@ def _residual_means(data: Dataset, answers: IntArray, layer: int) -> FloatArray:
     return np.asfortranarray(sums / sizes[:, None].astype(np.float32))
 
 
-def _dense_cett(
-    data: Dataset, fitted: IntArray, answers: IntArray, wrong: Bools, units: list[str]
-) -> Floats:
+def _dense_cett(seen: Halves, asked: Halves, wrong: Bools, units: list[str]) -> Floats:
     """Every neuron: far more columns than rows, so the fit is done on the rows' inner products,
     which loses nothing (the solution of an L2 fit lies in the span of the rows)."""
-    seen = np.asfortranarray(answer_means(data, fitted), dtype=np.float32)
-    mean, scale = standardise(seen)
-    values, vectors = np.linalg.eigh((seen @ seen.T).astype(np.float64))
+    x = np.asfortranarray(seen, dtype=np.float32)
+    mean, scale = standardise(x)
+    values, vectors = np.linalg.eigh((x @ x.T).astype(np.float64))
     kept = values > values.max() * 1e-6
     root = np.sqrt(values[kept])
-    asked = (answer_means(data, answers).astype(np.float32) - mean) / scale
-    turned = (asked @ seen.T).astype(np.float64) @ (vectors[:, kept] / root)
+    turned = (((asked.astype(np.float32) - mean) / scale) @ x.T).astype(np.float64) @ (
+        vectors[:, kept] / root
+    )
     model = _dense((vectors[:, kept] * root).astype(np.float32), wrong, units, scaled=False)
     return model.read(turned.astype(np.float32))
 
@@ -184,13 +189,16 @@ def _dense(
     each = np.ones(len(x)) if weight is None else weight.astype(np.float64)
     out = np.array(folds(units, 4, seed=0)) == 0
 
-    def fitted(rows: Bools, penalty: float) -> LogisticRegression:
+    def fitted(x: FloatArray, rows: Bools, penalty: float) -> LogisticRegression:
         c = 1 / (penalty * each[rows].sum())
-        return LogisticRegression(C=c, max_iter=300).fit(x[rows], wrong[rows], each[rows])
+        return LogisticRegression(C=c, max_iter=300).fit(x, wrong[rows], each[rows])
+
+    # In rows, as scikit-learn wants them: it would copy them again for each penalty.
+    inside, outside = np.ascontiguousarray(x[~out]), np.ascontiguousarray(x[out])
 
     def merit(penalty: float) -> float:
-        return rank(wrong[out], fitted(~out, penalty).decision_function(x[out]))
+        return rank(wrong[out], fitted(inside, ~out, penalty).decision_function(outside))
 
-    model = fitted(np.ones(len(x), dtype=np.bool_), max(PENALTIES, key=merit))
+    model = fitted(x, np.ones(len(x), dtype=np.bool_), max(PENALTIES, key=merit))
     folded = model.coef_[0].astype(np.float64) / scale
     return _Fitted(folded, float(model.intercept_[0]) - float(mean @ folded))

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from offline.dataset import Dataset
-from offline.examples import answer_means
+from offline.examples import Examples, Halves
 from offline.features import IntArray
-from offline.fit import ANSWER, FitResult, make_examples
+from offline.fit import ANSWER, FitResult
 from offline.heads import train
 from offline.metrics import Floats
 
@@ -43,25 +43,28 @@ def places(data: Dataset) -> list[Place]:
     return [place for place in found if _has_both(data, place.answers)]
 
 
-def alone(data: Dataset, result: FitResult, answers: IntArray) -> Iterator[tuple[str, Floats]]:
+def alone(
+    data: Dataset, result: FitResult, examples: Examples, asked: Halves
+) -> Iterator[tuple[str, Floats]]:
     """`(source, scores [answers])` of answer heads that saw one source only, with the same budget
-    and penalty: is the mixture at least as good as the best of them?"""
+    and penalty: is the mixture at least as good as the best of them?
+
+    examples: what the answer head is fitted on. asked: `answer_means` of the answers.
+    """
     if len(result.chosen.heads) == 1:
         return
     fitted = data.answered("fit")
     sources = np.array([data.answers[i].source for i in fitted])
-    examples = make_examples(data, result.settings)[ANSWER]  # `fitted`, then windows of prose
-    means = answer_means(data, answers)
     for source in sorted(set(sources.tolist())):
         kept = np.ones(len(examples.unit), dtype=np.bool_)
-        kept[: len(fitted)] = sources == source
+        kept[: len(fitted)] = sources == source  # windows of prose follow
         if not _has_both(data, fitted[sources == source]):
             continue
         settings = result.settings.heads
         count = round(len(result.chosen.columns) / dict(settings.shares)[ANSWER])
         trial = train({ANSWER: examples}, {ANSWER: kept}, [count], settings)[0]
         weights = trial[settings.penalties.index(result.penalty[ANSWER])]
-        yield source, weights.read(means[:, np.array(weights.columns)].astype(np.float32))[:, 0]
+        yield source, weights.read(asked[:, np.array(weights.columns)].astype(np.float32))[:, 0]
 
 
 def _has_both(data: Dataset, answers: IntArray) -> bool:

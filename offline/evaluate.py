@@ -28,6 +28,7 @@ from offline.best_of import best_of_rows
 from offline.curves import Curve
 from offline.dataset import Dataset
 from offline.domains import Place, alone, places
+from offline.examples import answer_examples, answer_means
 from offline.extract import Kind
 from offline.features import IntArray
 from offline.fit import JUDGED, POOLINGS, FitResult, claim_means, mixture, pooled, response_mixture
@@ -87,7 +88,7 @@ def evaluate(
     for place, score in zip(everywhere, scores, strict=True):
         found += _answers(data, result, place, score)
     detectors = token_detectors(data, result)
-    found += _tokens(data, result, detectors)
+    found += _tokens(data, result, detectors, logits[:, 0])
     found += _flagged_tokens(data, result, logits[:, 0])
     found += _claims(data, logits[:, 0])
     found += given_rows(given, detectors) if given else ()
@@ -117,18 +118,24 @@ def _folds(result: FitResult) -> Iterator[EvaluationRow]:
 def _answer_scores(
     data: Dataset, result: FitResult, logits: Floats, sets: list[IntArray]
 ) -> list[dict[str, Floats]]:
-    """For each set of answers: detector -> `[answers]`. Every rival is fitted once."""
+    """For each set of answers: detector -> `[answers]`. Every rival is fitted once, and what all of
+    them read, most of the features, is read once."""
     every = np.unique(np.concatenate(sets))
+    examples = answer_examples(data, result.settings)
+    seen = examples.x[: len(data.answered("fit"))]  # the rest are windows of prose
+    asked = answer_means(data, every)
     probe = pooled(data, logits[:, result.response_head], every, result.pooling)
-    rivals = answer_detectors(data, every)
+    rivals = answer_detectors(data, every, seen=seen, asked=asked)
     surprise = rivals["-logprob_sum"]
     scores = {
         "probe": probe,
         COMBINED: probe / probe.std() + surprise / surprise.std(),
         **rivals,
-        **{f"fitted on {name} alone": score for name, score in alone(data, result, every)},
+        **{
+            f"fitted on {name} alone": score for name, score in alone(data, result, examples, asked)
+        },
     }
-    draws = random_answer_neurons(data, result, every)
+    draws = random_answer_neurons(data, result, seen=seen, asked=asked)
     scores |= {f"{RANDOM} {i}": draw for i, draw in enumerate(draws)}
     at = [np.searchsorted(every, one) for one in sets]
     return [{name: score[where] for name, score in scores.items()} for where in at]
@@ -169,14 +176,14 @@ def _answers(
 
 
 def _tokens(
-    data: Dataset, result: FitResult, detectors: Mapping[str, TokenDetector]
+    data: Dataset, result: FitResult, detectors: Mapping[str, TokenDetector], logits: Floats
 ) -> Iterator[Found]:
     """Single tokens: wrong claims against every other judged token, and against right claims."""
     kind = data.features.kind
     rows = mixture(data, "test")
     scores = {name: read(data.features, rows) for name, read in detectors.items()}
     draws = random_neurons(data, result, rows)
-    smooth = _smoothed(data, result, rows)
+    smooth = _smoothed(data, logits, rows)
     for dataset, kinds in (
         ("tokens, wrong claims against all others", JUDGED),
         ("tokens, wrong against right claims", (Kind.WRONG, Kind.RIGHT)),
@@ -196,18 +203,15 @@ def _tokens(
     )  # fmt: skip
 
 
-def _smoothed(data: Dataset, result: FitResult, rows: IntArray) -> Floats:
+def _smoothed(data: Dataset, logits: Floats, rows: IntArray) -> Floats:
     """Mean token logit over a small window inside the answer."""
-    answers = np.unique(data.features.answer[rows])
-    logits = np.full(len(data.part), np.nan)
-    for i in answers:
+    means = np.full(len(data.part), np.nan)
+    kernel = np.ones(SMOOTHED)
+    for i in np.unique(data.features.answer[rows]):
         here = data.rows_of(i)
-        values = result.chosen.logits(data.features, here)[:, 0]
-        kernel = np.ones(SMOOTHED)
-        logits[here] = np.convolve(values, kernel, "same") / np.convolve(
-            np.ones(len(values)), kernel, "same"
-        )
-    return logits[rows]
+        sizes = np.convolve(np.ones(len(here)), kernel, "same")
+        means[here] = np.convolve(logits[here], kernel, "same") / sizes
+    return means[rows]
 
 
 def _flagged_tokens(data: Dataset, result: FitResult, logits: Floats) -> Iterator[Found]:

@@ -34,7 +34,7 @@ def ranked(
     """How well a detector ranks wrong above right; inside units too, where they have both."""
     yield from table(RANKING, dataset, detector, wrong, score, units)
     yield curve(dataset, detector, wrong, score)
-    within = metrics.auroc_within(wrong, score, units.tolist())
+    within = metrics.auroc_within(wrong, score, units)
     if np.isfinite(within):  # undefined where each question is a unit of its own
         yield figure(dataset, detector, "auroc_within_units", within, len(wrong))
 
@@ -75,8 +75,7 @@ def table(
     units: Names,
 ) -> Iterator[EvaluationRow]:
     """One row per metric, each with its interval."""
-    for name, metric in wanted.items():
-        found = metrics.with_interval(metric, positive, score, units.tolist())
+    for name, found in metrics.with_intervals(wanted, positive, score, units).items():
         yield EvaluationRow(
             dataset=dataset,
             detector=detector,

@@ -30,6 +30,10 @@ class EngineCollector(Collector):
         counters = {
             "meter_seconds": ("Time spent in the meter.", health.meter_seconds_total),
             "forward_seconds": ("Time in forward passes.", health.forward_seconds_total),
+            "cached_prompt_tokens": (
+                "Prompt tokens that were not read again.",
+                health.cached_tokens_total,
+            ),
         }
         for name, (text, value) in gauges.items():
             gauge = GaugeMetricFamily(f"hneurons_{name}", text, labels=["model_name"])

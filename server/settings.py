@@ -90,6 +90,12 @@ class Settings(BaseSettings):
     max_num_seqs: int = Field(16, ge=1, description="requests that decode together")
     max_waiting_requests: int = Field(64, ge=0, description="beyond it: 429")
     max_waiting_tokens: int = Field(65_536, ge=0, description="waiting prompt tokens; beyond: 429")
+    prefix_cache_tokens: int = Field(
+        4096,
+        ge=0,
+        description="tokens of the latest prompts whose keys and values are kept for prompts that "
+        "begin alike (engine transformers; vLLM has its own)",
+    )
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65_535, description="0: any free port")

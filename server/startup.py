@@ -126,7 +126,9 @@ def _load_checkpoint(settings: Settings, model: Model, probes: Sequence[Probe]) 
     from server.engines.loader import load_transformers_engine
 
     device = None if settings.device == "auto" else settings.device
-    return load_transformers_engine(model.source, device=device, **common)
+    return load_transformers_engine(
+        model.source, device=device, prefix_tokens=settings.prefix_cache_tokens, **common
+    )
 
 
 def make_service(settings: Settings, engine: Engine, model: Model) -> Service:

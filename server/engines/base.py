@@ -162,6 +162,7 @@ class Health:
     seconds_since_step: float = 0.0  # 0 while idle
     meter_seconds_total: float = 0.0  # wall time spent in the meter
     forward_seconds_total: float = 0.0  # wall time spent in forward passes, meter included
+    cached_tokens_total: int = 0  # prompt tokens whose keys and values were there already
 
 
 class Engine(Protocol):

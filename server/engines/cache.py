@@ -15,6 +15,7 @@ of zero, and zero times a stale NaN would be NaN.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from server.engines.attention import BLOCK
 
 COLUMN_STEP = 256  # columns are allocated in multiples of this
+
+# Keys and values of one row, `[heads, tokens, head_dim]` each, of every layer.
+States: TypeAlias = tuple[tuple[Tensor, Tensor], ...]
 
 
 class BatchCache(Cache):
@@ -66,11 +70,19 @@ class BatchCache(Cache):
 
     def admit(self, other: BatchCache, row: int) -> None:
         """Append `row` of `other` to this batch."""
-        length = other.lengths[row]
-        for mine, its in zip(self._layers, other._layers, strict=True):
-            mine.reserve(rows=self.rows + 1, columns=length, like=its)
-            mine.put(self.rows, its.keys[row, :, :length], its.values[row, :, :length])
-        self.lengths.append(length)
+        self.append(other.states(row), tokens=other.lengths[row])
+
+    def states(self, row: int) -> States:
+        """A view of what `row` holds."""
+        stored = (row, slice(None), slice(0, self.lengths[row]))
+        return tuple((layer.keys[stored], layer.values[stored]) for layer in self._layers)
+
+    def append(self, states: States, *, tokens: int) -> None:
+        """Add a row that begins with the first `tokens` tokens of `states`."""
+        for layer, (keys, values) in zip(self._layers, states, strict=True):
+            layer.reserve(rows=self.rows + 1, columns=tokens, like=(keys, values))
+            layer.put(self.rows, keys[:, :tokens], values[:, :tokens])
+        self.lengths.append(tokens)
 
     def retire(self, row: int) -> None:
         """Drop `row`; the last row takes its place."""
@@ -127,8 +139,11 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             buffer[row, :, :tokens] = states
             buffer[row, :, tokens:] = 0
 
-    def reserve(self, *, rows: int, columns: int, like: _Layer | None = None) -> None:
-        """Reallocate when the buffers are too small; `like` says the shapes of the first ones.
+    def reserve(
+        self, *, rows: int, columns: int, like: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """Reallocate when the buffers are too small; `like`, keys and values `[heads, tokens,
+        head_dim]`, says the shapes of the first ones.
 
         Half as many columns again are allocated, so that the cost of moving stays a constant share
         of a step.
@@ -136,8 +151,9 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if not self.is_initialized:
             if like is None:
                 return  # the first pass brings the shapes
-            self.keys = like.keys.new_zeros(0, like.keys.shape[1], 0, like.keys.shape[3])
-            self.values = like.values.new_zeros(0, like.values.shape[1], 0, like.values.shape[3])
+            self.keys, self.values = (
+                states.new_zeros(0, states.shape[0], 0, states.shape[2]) for states in like
+            )
             self.is_initialized = True
         had_rows, heads, had_columns, _ = self.keys.shape
         if rows <= had_rows and columns <= had_columns:

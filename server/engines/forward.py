@@ -27,6 +27,11 @@ class Tap(NamedTuple):
     probe: int | None = None  # index of its probe; None: not read
     alpha: float = 1.0
 
+    @property
+    def suppression(self) -> tuple[int, float]:
+        """What a row's keys and values depend on besides its tokens: whose neurons, by how much."""
+        return (-1, 1.0) if self.probe is None or self.alpha == 1 else (self.probe, self.alpha)
+
 
 class Forward:
     """The model as the scheduler sees it: token ids in, next-token logits and readings out."""

@@ -52,6 +52,7 @@ def load_transformers_engine(
     max_waiting_requests: int = 64,
     max_waiting_tokens: int = 65_536,
     suppression: bool = True,
+    prefix_tokens: int = 4096,
 ) -> TransformersEngine:
     """Load, check, attach the meter and start the engine's thread. Blocks for seconds.
 
@@ -59,6 +60,7 @@ def load_transformers_engine(
     model_id    what the card and the probes' errors call the model
     dtype       "float32", "bfloat16" or "float16"; None: the checkpoint's own
     device      "cpu", "cuda", ...; None: cuda where there is one
+    prefix_tokens  of prompts that were read: so many keep their keys and values
 
     Raises ModelError, or ProbeMismatchError when a probe belongs to another model.
     """
@@ -93,6 +95,7 @@ def load_transformers_engine(
         max_waiting_requests=max_waiting_requests,
         max_waiting_tokens=max_waiting_tokens,
         prefill_tokens=PREFILL_TOKENS.get(place.type, PREFILL_TOKENS["cpu"]),
+        prefix_tokens=prefix_tokens,
     )
 
 

@@ -3,57 +3,25 @@
 Knows no thread, no event loop and no HTTP: `add` rows, call `step`, hand out what it returns.
 A waiting prompt is first read (*prefill*) together with others of similar length, in a cache of its
 own; then its row joins the one batch that decodes. A long prompt is read in several passes, with a
-decoding pass after each, so that running streams go on. Keys and values are never shared between
-rows.
+decoding pass after each, so that running streams go on. What a prompt that was read lately begins
+with is not read again (`prefixes`); every row has its own copy of it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from server.engines.base import (
-    Contribution,
-    GenerationRequest,
-    Reading,
-    RequestFailedError,
-    ScoreRequest,
-    Step,
-)
+from server.engines.base import Contribution, GenerationRequest, Reading, RequestFailedError, Step
 from server.engines.cache import BatchCache
 from server.engines.forward import Forward, Tap
-from server.engines.sampling import RowSampler, logprobs, sample
-
-Outcome: TypeAlias = Step | tuple[Reading, ...] | RequestFailedError
-
-
-class Row:
-    """One request on its way through the engine."""
-
-    def __init__(self, request: GenerationRequest | ScoreRequest, tap: Tap) -> None:
-        self.request = request
-        self.tap = tap
-        self.aborted = False  # set by whoever waits for the outcomes; dropped at the next step
-        self.written: list[int] = []
-        self.readings: list[Reading] = []  # of a ScoreRequest
-        self.sampler: RowSampler | None = None
-        if isinstance(request, GenerationRequest):
-            self.sampler = RowSampler(request.sampling, request.prompt_token_ids)
-
-    @property
-    def prompt(self) -> tuple[int, ...]:
-        request = self.request
-        return request.token_ids if isinstance(request, ScoreRequest) else request.prompt_token_ids
-
-    def score(self, found: Iterable[Reading]) -> None:
-        """Keep what a ScoreRequest wants of the readings of a pass."""
-        assert isinstance(self.request, ScoreRequest)
-        wanted = max(self.request.start - 1, 0)
-        self.readings += [reading for reading in found if reading.position >= wanted]
+from server.engines.prefill import WORTH_SHARING, Prefill
+from server.engines.prefixes import PrefixCache
+from server.engines.row import Outcome, Row
+from server.engines.sampling import logprobs, sample
 
 
 class Scheduler:
@@ -66,19 +34,22 @@ class Scheduler:
         eos_token_ids: frozenset[int],
         max_num_seqs: int,
         prefill_tokens: int,
+        prefix_tokens: int,
     ) -> None:
         self._forward = forward
         self._eos = eos_token_ids
         self._max_num_seqs = max_num_seqs
         self._prefill_tokens = prefill_tokens
+        self._prefixes = PrefixCache(prefix_tokens)
         self._waiting: list[Row] = []
-        self._prefill: _Prefill | None = None
+        self._prefill: Prefill | None = None
         self._rows: list[Row] = []
         self._cache = forward.new_cache()
         # Plain numbers, because another thread looks at them.
         self.running = 0  # rows that are being read or decode
         self.waiting = 0
         self.waiting_tokens = 0
+        self.cached_tokens_total = 0  # prompt tokens whose keys and values were there already
 
     @property
     def idle(self) -> bool:
@@ -93,6 +64,10 @@ class Scheduler:
         """Queue `rows` behind those that wait."""
         self._waiting.extend(rows)
         self._count()
+
+    def forget_prefixes(self) -> None:
+        """Taps name other probes from now on: what their suppression has written is not theirs."""
+        self._prefixes.clear()
 
     def step(self) -> list[tuple[Row, Outcome]]:
         """At most one prefill pass and one decoding pass; what they gave to each row, in order."""
@@ -118,25 +93,25 @@ class Scheduler:
             self._prefill = None
         self._retire([row for row in self._rows if row.aborted])
 
-    def _next_prefill(self) -> _Prefill | None:
-        """The first that waits, and others of similar length as far as one pass holds them."""
-        free = self._max_num_seqs - len(self._rows)
-        if not self._waiting or free <= 0:
-            return None
-        first = self._waiting[0]
-        chosen, shortest, longest = [first], len(first.prompt), len(first.prompt)
-        for row in self._waiting[1:]:
-            if len(chosen) == free:
-                break
-            low, high = min(shortest, len(row.prompt)), max(longest, len(row.prompt))
-            fits = (len(chosen) + 1) * high <= self._prefill_tokens
-            if fits and high <= 2 * low + 16:
-                chosen.append(row)
-                shortest, longest = low, high
-        self._waiting = [row for row in self._waiting if row not in chosen]
-        return _Prefill(chosen, self._forward)
+    def _next_prefill(self) -> Prefill | None:
+        """The first that waits, and others with as much to read as far as one pass holds them.
 
-    def _read_prompts(self, prefill: _Prefill) -> list[tuple[Row, Outcome]]:
+        A row that begins like a chosen one is left for the next pass, where that much is known.
+        """
+        free = self._max_num_seqs - len(self._rows)
+        prefill = Prefill(self._forward, self._prefixes)
+        for row in self._waiting if free > 0 else ():
+            if len(prefill.rows) == free:
+                break
+            prefill.offer(row, self._prefill_tokens)
+        if not prefill.rows:
+            return None
+        self._waiting = [row for row in self._waiting if row not in prefill.rows]
+        prefill.begin()
+        self.cached_tokens_total += prefill.start * len(prefill.rows)
+        return prefill
+
+    def _read_prompts(self, prefill: Prefill) -> list[tuple[Row, Outcome]]:
         """One pass over the next chunk; rows that it has read to the end write their first token.
 
         The others stay in `prefill`, which ends with its last row.
@@ -159,6 +134,9 @@ class Scheduler:
         steps = self._write(
             [rows[i] for i in writing], logits[writing], [readings[i] for i in writing]
         )
+        for i in read:
+            if len(rows[i].prompt) - prefill.start >= WORTH_SHARING:
+                self._prefixes.keep(rows[i].salt, rows[i].prompt, prefill.cache, i)
         for i, (row, step) in zip(writing, steps, strict=True):
             if _goes_on(step):
                 self._cache.admit(prefill.cache, i)
@@ -248,27 +226,6 @@ class Scheduler:
             self._cache.retire(index)
             self._rows[index] = self._rows[-1]
             self._rows.pop()
-
-
-class _Prefill:
-    """Prompts that are read together, chunk by chunk; a row leaves when it has been read."""
-
-    def __init__(self, rows: list[Row], forward: Forward) -> None:
-        self.rows = rows
-        self.cache = forward.new_cache(len(rows))
-
-    def chunk(self, budget: int) -> list[tuple[int, ...]]:
-        """The next tokens of every row, at most `budget` over all rows."""
-        start = self.cache.lengths[0]  # all rows are read equally far: none ends and stays
-        stop = start + max(1, budget // len(self.rows))
-        return [row.prompt[start:stop] for row in self.rows]
-
-    def retire(self, indices: Sequence[int]) -> None:
-        """Drop the rows at `indices`."""
-        for index in sorted(indices, reverse=True):
-            self.cache.retire(index)
-            self.rows[index] = self.rows[-1]
-            self.rows.pop()
 
 
 def _taps(rows: Sequence[Row]) -> list[Tap]:

@@ -13,7 +13,7 @@ import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,20 +28,19 @@ from server.engines.base import (
     GenerationRequest,
     Health,
     Reading,
-    RequestFailedError,
     ScoreRequest,
     Step,
     probe_index,
 )
 from server.engines.forward import Forward, Tap
-from server.engines.scheduler import Outcome, Row, Scheduler
+from server.engines.row import Row
+from server.engines.scheduler import Scheduler
+from server.engines.streams import Item, Stream, deliver
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-QUEUE_STEPS = 256  # a reader that falls this far behind is given up
 
 
 class TransformersEngine:
@@ -60,6 +59,7 @@ class TransformersEngine:
         max_waiting_requests: int = 64,
         max_waiting_tokens: int = 65_536,
         prefill_tokens: int = 512,
+        prefix_tokens: int = 4096,
     ) -> None:
         """`meter` is attached to `model` and reads `probes`; None exactly when there are none.
 
@@ -80,11 +80,12 @@ class TransformersEngine:
             eos_token_ids=card.eos_token_ids,
             max_num_seqs=max_num_seqs,
             prefill_tokens=prefill_tokens,
+            prefix_tokens=prefix_tokens,
         )
         self._dead = ""  # why the engine cannot go on
         self._closing = False
         self._inbox: list[Row] = []
-        self._streams: dict[Row, _Stream] = {}
+        self._streams: dict[Row, Stream] = {}
         self._last_step = time.monotonic()
         self._wake = threading.Condition()  # guards the inbox, the streams and the flags above
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -178,6 +179,7 @@ class TransformersEngine:
             seconds_since_step=time.monotonic() - self._last_step if busy else 0.0,
             meter_seconds_total=self._forward.meter_seconds_total,
             forward_seconds_total=self._forward.seconds_total,
+            cached_tokens_total=scheduler.cached_tokens_total,
         )
 
     async def aclose(self) -> None:
@@ -207,10 +209,10 @@ class TransformersEngine:
             return Tap()
         return Tap(probe_index(self._attached, probe), alpha)
 
-    def _submit(self, request: GenerationRequest | ScoreRequest) -> _Stream:
+    def _submit(self, request: GenerationRequest | ScoreRequest) -> Stream:
         with self._wake:
             row = Row(request, self._tap(request.probe, request.alpha))
-            stream = _Stream(row)
+            stream = Stream(row)
             if self._dead or self._closing:
                 raise EngineDeadError(self._dead or "the engine is closed")
             waiting = self._scheduler.waiting + len(self._inbox)
@@ -227,7 +229,7 @@ class TransformersEngine:
             self._wake.notify()
         return stream
 
-    def _abort(self, stream: _Stream) -> None:
+    def _abort(self, stream: Stream) -> None:
         """Nobody waits for this row any more; the thread drops it before its next pass."""
         stream.row.aborted = True
         with self._wake:
@@ -285,6 +287,7 @@ class TransformersEngine:
         for row in self._rows():
             if row.tap.probe is not None:
                 row.tap = row.tap._replace(probe=ids.index(old[row.tap.probe]))
+        self._scheduler.forget_prefixes()
         self._meter = self._forward.meter = meter
         self._attached = probes
         change.loop.call_soon_threadsafe(change.done.set_result, None)
@@ -293,9 +296,9 @@ class TransformersEngine:
         """All rows that may still be fed."""
         return [*self._inbox, *self._scheduler.rows]
 
-    def _hand_out(self, outcomes: Sequence[tuple[Row, Outcome | EngineDeadError]]) -> None:
+    def _hand_out(self, outcomes: Sequence[tuple[Row, Item]]) -> None:
         """One callback per event loop; there is one loop, save in tests."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, _Item]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Item]]] = {}
         with self._wake:
             for row, outcome in outcomes:
                 stream = self._streams.get(row)
@@ -303,13 +306,10 @@ class TransformersEngine:
                     by_loop.setdefault(stream.loop, []).append((stream, outcome))
         for loop, items in by_loop.items():
             try:
-                loop.call_soon_threadsafe(_deliver, items)
+                loop.call_soon_threadsafe(deliver, items)
             except RuntimeError:  # the loop was closed under its requests: nobody waits any more
                 for stream, _ in items:
                     self._abort(stream)
-
-
-_Item: TypeAlias = Outcome | EngineDeadError
 
 
 class _Change:
@@ -323,29 +323,3 @@ class _Change:
 
     def fail(self, error: EngineDeadError) -> None:
         self.loop.call_soon_threadsafe(self.done.set_exception, error)
-
-
-class _Stream:
-    """Where the outcomes of one row wait for their reader; lives on the event loop."""
-
-    def __init__(self, row: Row) -> None:
-        self.row = row
-        self.loop = asyncio.get_running_loop()
-        self.queue: asyncio.Queue[_Item] = asyncio.Queue()
-
-    def put(self, item: _Item) -> None:
-        """Keep `item`, or give the reader up when it is too far behind."""
-        if self.row.aborted:
-            return
-        if self.queue.qsize() >= QUEUE_STEPS:
-            self.row.aborted = True
-            item = RequestFailedError(
-                "slow_client",
-                f"{QUEUE_STEPS} steps wait to be read; the request was aborted, read faster",
-            )
-        self.queue.put_nowait(item)
-
-
-def _deliver(items: Sequence[tuple[_Stream, _Item]]) -> None:
-    for stream, item in items:
-        stream.put(item)

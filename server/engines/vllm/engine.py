@@ -146,6 +146,7 @@ class VllmEngine:
             waiting_tokens=sum(waiting),
             seconds_since_step=time.monotonic() - self._tap.last_step if readers else 0.0,
             forward_seconds_total=self._tap.seconds_total,
+            cached_tokens_total=self.cached_tokens_total,
         )
 
     async def aclose(self) -> None:

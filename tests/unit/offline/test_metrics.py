@@ -8,6 +8,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from offline import metrics
 from offline.calibrate import choose_calibration, isotonic, platt
+from offline.metrics import Weighed
 from offline.records import RecordError
 from probes.calibration import calibrate
 
@@ -25,10 +26,10 @@ def test_auroc_and_auprc_are_scikit_learns_with_ties_and_weights(
     scored: tuple[np.ndarray, np.ndarray, np.ndarray],
 ) -> None:
     positive, score, weight = scored
-    assert metrics.auroc(*scored) == pytest.approx(
+    assert metrics.auroc(Weighed.of(*scored)) == pytest.approx(
         roc_auc_score(positive, score, sample_weight=weight)
     )
-    assert metrics.auprc(*scored) == pytest.approx(
+    assert metrics.auprc(Weighed.of(*scored)) == pytest.approx(
         average_precision_score(positive, score, sample_weight=weight)
     )
 
@@ -39,7 +40,7 @@ def test_rank_does_not_depend_on_the_order_of_rows(
     positive, score, _ = scored
     order = np.random.default_rng(1).permutation(len(score))
     assert metrics.rank(positive[order], score[order]) == pytest.approx(
-        metrics.auroc(positive, score, np.ones(500))
+        metrics.auroc(Weighed.of(positive, score, np.ones(500)))
     )
 
 
@@ -47,7 +48,7 @@ def test_recall_at_a_rate_flags_no_more_negatives_than_that() -> None:
     positive = np.array([False] * 100 + [True] * 4)
     score = np.r_[np.arange(100), [50, 94.5, 95.5, 200]].astype(np.float64)
     order = np.argsort(score, kind="stable")
-    recall = metrics.recall_at_fpr(0.05)(positive[order], score[order], np.ones(104))
+    recall = metrics.recall_at_fpr(0.05)(Weighed.of(positive[order], score[order], np.ones(104)))
     assert recall == 0.75
 
 
@@ -86,13 +87,13 @@ def test_platt_and_isotonic_recover_the_probabilities() -> None:
         assert np.abs(found - risk).mean() < 0.02
         order = np.argsort(found, kind="stable")
         ece = metrics.expected_calibration_error()
-        assert ece(hallucinated[order], found[order], np.ones(20_000)) < 0.02
+        assert ece(Weighed.of(hallucinated[order], found[order], np.ones(20_000))) < 0.02
 
 
 def test_a_wrong_risk_has_a_calibration_error() -> None:
     positive = np.arange(1000) % 2 == 0
     ece = metrics.expected_calibration_error()
-    assert ece(positive, np.full(1000, 0.9), np.ones(1000)) == pytest.approx(0.4)
+    assert ece(Weighed.of(positive, np.full(1000, 0.9), np.ones(1000))) == pytest.approx(0.4)
 
 
 def test_the_calibration_that_fits_unseen_units_best_is_taken() -> None:
@@ -123,9 +124,9 @@ def test_a_method_that_the_logits_rule_out_is_not_taken() -> None:
 def test_accuracy_at_coverage_answers_the_least_risky() -> None:
     positive = np.array([False, False, True, True])
     score = np.arange(4.0)
-    every = np.ones(4)
-    assert metrics.accuracy_at_coverage(0.5)(positive, score, every) == 1.0
-    assert metrics.accuracy_at_coverage(0.75)(positive, score, every) == pytest.approx(2 / 3)
+    rows = Weighed.of(positive, score, np.ones(4))
+    assert metrics.accuracy_at_coverage(0.5)(rows) == 1.0
+    assert metrics.accuracy_at_coverage(0.75)(rows) == pytest.approx(2 / 3)
 
 
 def test_rank_correlation_is_of_ranks_and_ties_share_theirs() -> None:

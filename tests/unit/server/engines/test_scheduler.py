@@ -11,7 +11,8 @@ from transformers import LlamaForCausalLM
 
 from server.engines.base import RequestFailedError, ScoreRequest, Step
 from server.engines.forward import Forward, Tap
-from server.engines.scheduler import Outcome, Row, Scheduler
+from server.engines.row import Outcome, Row
+from server.engines.scheduler import Scheduler
 
 
 class WatchedForward(Forward):
@@ -41,7 +42,12 @@ def forward(tiny_folder) -> WatchedForward:
 @pytest.fixture
 def make_scheduler(forward: WatchedForward) -> Callable[..., Scheduler]:
     def make(**options: Any) -> Scheduler:
-        limits = {"eos_token_ids": frozenset({2}), "max_num_seqs": 4, "prefill_tokens": 32}
+        limits = {
+            "eos_token_ids": frozenset({2}),
+            "max_num_seqs": 4,
+            "prefill_tokens": 32,
+            "prefix_tokens": 256,
+        }
         return Scheduler(forward, **{**limits, **options})
 
     return make

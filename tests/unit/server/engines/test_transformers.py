@@ -18,7 +18,7 @@ from server.engines.base import (
     Step,
 )
 from server.engines.loader import load_transformers_engine
-from server.engines.transformers import QUEUE_STEPS
+from server.engines.streams import QUEUE_STEPS
 
 PROMPTS = [[5, 6, 7], [40], [9, 8, 7, 6, 5, 4, 3], [50, 51, 52, 53], [11] * 30]
 
