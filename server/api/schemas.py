@@ -7,7 +7,7 @@ Bounds that depend on the model (vocabulary, context) are checked in `server/api
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
     BaseModel,
@@ -66,6 +66,27 @@ class StreamOptions(_Strict):
 
 class TextFormat(_Strict):
     type: Literal["text"]
+
+
+class JSONObjectFormat(_Strict):
+    type: Literal["json_object"]
+
+
+class NamedSchema(_Strict):
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    schema_: dict[str, Any] = Field(alias="schema", description="JSON Schema of the answer.")
+    description: str | None = None
+    strict: bool | None = Field(None, description="The schema is kept in any case.")
+
+
+class JSONSchemaFormat(_Strict):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat: TypeAlias = Annotated[
+    TextFormat | JSONObjectFormat | JSONSchemaFormat, Field(discriminator="type")
+]
 
 
 class _Generation(_Strict):
@@ -144,7 +165,7 @@ class ChatRequest(_Generation):
     max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_TOKEN_ID)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    response_format: TextFormat | None = None
+    response_format: ResponseFormat | None = None
 
     @field_validator("top_logprobs")
     @classmethod

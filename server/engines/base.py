@@ -107,6 +107,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None  # None: no logprobs; k: the written token and the k best
     ignore_eos: bool = False  # for load tests
+    json_schema: str | None = None  # what is written is JSON of it; only a GuidedEngine can do that
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +213,18 @@ class ReloadingEngine(Engine, Protocol):
 
     async def detach(self) -> None:
         """Read only what is offered; no open request names another probe."""
+        ...
+
+
+@runtime_checkable
+class GuidedEngine(Engine, Protocol):
+    """An engine that can be held to a grammar: it obeys `Sampling.json_schema`."""
+
+    def check_schema(self, schema: str) -> None:
+        """ValueError, with the reason, when no grammar can be made of `schema` (JSON text).
+
+        Takes no engine time, but milliseconds of computation; may be called on any thread.
+        """
         ...
 
 

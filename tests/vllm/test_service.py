@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
 
 QUESTION = [{"role": "user", "content": "Who wrote the novel Moby-Dick, and when was it printed?"}]
@@ -161,6 +162,70 @@ def test_the_openai_client_gets_choices_stops_and_log_probabilities(server):
         extra_body={"risk": {"alpha": 0}},
     )
     assert dosed.choices[0].risk["calibrated"] is False
+
+
+BOOK = {
+    "type": "object",
+    "properties": {
+        "author": {"type": "string", "maxLength": 30},
+        "year": {"type": "integer", "minimum": 1500, "maximum": 2000},
+        "language": {"enum": ["English", "Greek"]},
+    },
+    "required": ["author", "year", "language"],
+    "additionalProperties": False,
+}
+
+
+def schema_format(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+
+
+def test_an_answer_is_json_of_its_schema_with_a_risk_for_every_token(server):
+    """The grammar lets the end of the turn come only after the last brace."""
+    fields = {"response_format": schema_format(BOOK), "max_tokens": 200, "risk": True}
+    answer = server.chat(**fields)
+    (choice,), usage = answer["choices"], answer["usage"]
+    assert choice["finish_reason"] == "stop"
+    jsonschema.validate(json.loads(choice["message"]["content"]), BOOK)
+    risk = choice["risk"]
+    assert (risk["status"], risk["unscored"]) == ("scored", {"not_read": 1})  # the end of the turn
+    assert len(risk["tokens"]) == usage["completion_tokens"]
+    text, tokens, summary = text_and_tokens(server.events(temperature=0, **fields))
+    assert text == choice["message"]["content"]
+    assert tokens == risk["tokens"]
+    assert summary["score"] == risk["score"]
+    hot = server.chat(**{**fields, "temperature": 1.5, "n": 2, "seed": 3})
+    for choice in hot["choices"]:
+        jsonschema.validate(json.loads(choice["message"]["content"]), BOOK)
+
+
+def test_json_cut_by_its_length_is_read_to_the_last_token(server):
+    """The hidden extra step is sampled under the grammar, too, and only its reading counts."""
+    fields = {"response_format": {"type": "json_object"}, "risk": True, "max_tokens": 4}
+    answer = server.chat(**fields)
+    (choice,) = answer["choices"]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["content"].lstrip().startswith("{")
+    assert len(choice["risk"]["tokens"]) == answer["usage"]["completion_tokens"] == 4
+    assert choice["risk"]["unscored"] == {}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "nothing"},
+        {"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 7}}},
+        {"$ref": "#/$defs/missing"},
+    ],
+    ids=json.dumps,
+)
+def test_a_schema_without_a_grammar_is_refused_and_harms_nobody(server, schema):
+    """Never a 5xx, and never a keyword that is left out without a word."""
+    body = {"model": "demo", "messages": QUESTION, "response_format": schema_format(schema)}
+    answer = httpx.post(f"{server.address}/v1/chat/completions", json=body, timeout=PATIENCE)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == "response_format.json_schema.schema"
+    assert server.chat(max_tokens=2)["choices"][0]["finish_reason"] == "length"
 
 
 def test_many_at_once_are_each_as_alone(server):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import tokens_input
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 from vllm.v1.engine.exceptions import EngineGenerateError
 
@@ -133,6 +133,19 @@ class VllmEngine:
             by_position.get(position, self._unread(order, position)) for position in wanted
         )
 
+    def check_schema(self, schema: str) -> None:
+        """See `GuidedEngine.check_schema`. vLLM's own check, which it repeats at submission."""
+        if self._llm is None:
+            raise EngineDeadError(self._dead)
+        config = self._llm.vllm_config
+        params = SamplingParams(structured_outputs=StructuredOutputsParams(json=schema))
+        try:
+            params.verify(
+                config.model_config, None, config.structured_outputs_config, self._llm.tokenizer
+            )
+        except VLLMClientError as error:
+            raise ValueError(str(error)) from error
+
     def health(self) -> Health:
         readers, waiting = self._tap.readers, self._waiting()
         self._look_at_processes()
@@ -243,6 +256,7 @@ class VllmEngine:
         return Order(index, alpha, contributors, whole_prompt=False)
 
     def _params(self, sampling: Sampling, order: Order | None) -> SamplingParams:
+        schema = sampling.json_schema
         return SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -259,6 +273,7 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
             extra_args=None if order is None else {EXTRA_ARGS_KEY: list(order)},
+            structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
             skip_clone=True,
         )
 

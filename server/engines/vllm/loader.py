@@ -150,7 +150,11 @@ def _start(arguments: AsyncEngineArgs, plan: MeterPlan | None) -> AsyncLLM:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     arguments.generation_config = "vllm"  # sampling defaults are made above the seam
-    arguments.skip_tokenizer_init = True
+    arguments.skip_tokenizer_init = False  # grammars are made of its vocabulary
+    if arguments.structured_outputs_config.backend == "auto":
+        # vLLM keeps the backend of its first constrained request for all: one that knows a keyword
+        # of a schema would check it, and another that does not would leave it out without a word.
+        arguments.structured_outputs_config.backend = "xgrammar"
     arguments.disable_log_stats = True
     arguments.enable_log_requests = False
     arguments.scheduler_cls = SCHEDULER
