@@ -19,11 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
-import jsonschema
 import pytest
+from pydantic import BaseModel, ConfigDict, Field
 
 QUESTION = [{"role": "user", "content": "Who wrote the novel Moby-Dick, and when was it printed?"}]
 VLLM_ARGS = "--kv-cache-memory-bytes 512M"
@@ -164,16 +164,11 @@ def test_the_openai_client_gets_choices_stops_and_log_probabilities(server):
     assert dosed.choices[0].risk["calibrated"] is False
 
 
-BOOK = {
-    "type": "object",
-    "properties": {
-        "author": {"type": "string", "maxLength": 30},
-        "year": {"type": "integer", "minimum": 1500, "maximum": 2000},
-        "language": {"enum": ["English", "Greek"]},
-    },
-    "required": ["author", "year", "language"],
-    "additionalProperties": False,
-}
+class Book(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    author: str = Field(max_length=30)
+    year: int = Field(ge=1500, le=2000)
+    language: Literal["English", "Greek"]
 
 
 def schema_format(schema: Any) -> dict[str, Any]:
@@ -182,11 +177,15 @@ def schema_format(schema: Any) -> dict[str, Any]:
 
 def test_an_answer_is_json_of_its_schema_with_a_risk_for_every_token(server):
     """The grammar lets the end of the turn come only after the last brace."""
-    fields = {"response_format": schema_format(BOOK), "max_tokens": 200, "risk": True}
+    fields = {
+        "response_format": schema_format(Book.model_json_schema()),
+        "max_tokens": 200,
+        "risk": True,
+    }
     answer = server.chat(**fields)
     (choice,), usage = answer["choices"], answer["usage"]
     assert choice["finish_reason"] == "stop"
-    jsonschema.validate(json.loads(choice["message"]["content"]), BOOK)
+    Book.model_validate_json(choice["message"]["content"])
     risk = choice["risk"]
     assert (risk["status"], risk["unscored"]) == ("scored", {"not_read": 1})  # the end of the turn
     assert len(risk["tokens"]) == usage["completion_tokens"]
@@ -196,7 +195,7 @@ def test_an_answer_is_json_of_its_schema_with_a_risk_for_every_token(server):
     assert summary["score"] == risk["score"]
     hot = server.chat(**{**fields, "temperature": 1.5, "n": 2, "seed": 3})
     for choice in hot["choices"]:
-        jsonschema.validate(json.loads(choice["message"]["content"]), BOOK)
+        Book.model_validate_json(choice["message"]["content"])
 
 
 def test_json_cut_by_its_length_is_read_to_the_last_token(server):
