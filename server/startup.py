@@ -19,9 +19,10 @@ from probes.probe import Probe
 from server.answer_record import Recorder
 from server.audit import AuditLog
 from server.auth import hash_keys, read_key_hashes
-from server.engines.base import Engine
+from server.engines.base import Engine, ParsingEngine
 from server.hub import fetch_probe, is_pinned
 from server.metrics import Metrics
+from server.parsing import Parsers, plain_parsers
 from server.service import Service
 from server.settings import BadSettingsError, Secrets, Settings
 
@@ -122,7 +123,12 @@ def _load_checkpoint(settings: Settings, model: Model, probes: Sequence[Probe]) 
     if settings.engine == "vllm":
         from server.engines.vllm.loader import load_vllm_engine
 
-        return load_vllm_engine(model.source, vllm_args=settings.vllm_args, **common)
+        return load_vllm_engine(
+            model.source,
+            reasoning_parser=settings.reasoning_parser,
+            vllm_args=settings.vllm_args,
+            **common,
+        )
     from server.engines.loader import load_transformers_engine
 
     device = None if settings.device == "auto" else settings.device
@@ -142,9 +148,19 @@ def make_service(settings: Settings, engine: Engine, model: Model) -> Service:
         created=int(time.time()),
         suppression=settings.suppression,
         risk_by_default=settings.risk_by_default,
+        parsers=find_parsers(settings, engine),
         recorders=tuple(_recorders(settings, metrics)),
         keeps_text=settings.audit_text,
     )
+
+
+def find_parsers(settings: Settings, engine: Engine) -> Parsers | None:
+    """The engine's own, else a plain one; None when no parser was named."""
+    if settings.reasoning_parser is None:
+        return None
+    if isinstance(engine, ParsingEngine):
+        return engine.parsers
+    return plain_parsers(engine.tokenizer, reasoning=settings.reasoning_parser)
 
 
 def _recorders(settings: Settings, metrics: Metrics) -> Iterator[Recorder]:

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field
 
 Probability: TypeAlias = float
+Segment: TypeAlias = Literal["reasoning", "content"]
 Responses: TypeAlias = dict[int | str, dict[str, Any]]
 
 
@@ -47,17 +48,18 @@ class RiskToken(_Answer):
     start: int = Field(description="Code points of the visible text, half-open.")
     end: int
     risk: Probability | None = Field(ge=0, le=1, description="Calibrated, higher is worse.")
-    segment: Literal["content"]
+    segment: Segment = Field(description="Field of the message that start and end point into.")
     contributors: list[Contributor] | None = None
 
 
 class RiskSpan(_Answer):
-    """A run of flagged tokens."""
+    """A run of flagged tokens of one field."""
 
     start: int
     end: int
     text: str
     risk: Probability = Field(ge=0, le=1)
+    segment: Segment
 
 
 class RiskAttempt(_Answer):
@@ -127,13 +129,15 @@ class Usage(_Answer):
 
 class ChatMessage(_Answer):
     role: Literal["assistant"]
-    content: str
+    content: str | None = Field(description="null: all that came is reasoning")
     refusal: None
+    reasoning: str | None = Field(None, description="Only with --reasoning-parser.")
 
 
 class ChatDelta(_Answer):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning: str | None = None
 
 
 FinishReason: TypeAlias = Literal["stop", "length", "content_filter"]

@@ -22,7 +22,8 @@ from server.api.sse import DONE, KEEP_ALIVE, ClientGoneError, EventStream, event
 from server.api.token_objects import JSON
 from server.engines.base import EngineOverloadedError, Step
 from server.monitor import RiskSummary, Token
-from server.policy import Ending, Observer, Order, Piece, answer
+from server.policy import Ending, Observer, Order, answer
+from server.segments import Piece
 from server.service import Service
 
 _T = TypeVar("_T")
@@ -113,16 +114,13 @@ class _Run:
 
     async def whole(self) -> JSON:
         """The answer in one object."""
-        tokens: list[list[Token]] = [[] for _ in self._orders]
-        texts: list[list[str]] = [[] for _ in self._orders]
+        pieces: list[list[Piece]] = [[] for _ in self._orders]
         async with aclosing(self._events(silence=None)) as events:
             async for item in events:
                 if item is not None and isinstance(item[1], Piece):
-                    texts[item[0]].append(item[1].text)
-                    tokens[item[0]] += item[1].tokens
+                    pieces[item[0]].append(item[1])
         choices = [
-            self._writer.choice(i, Piece("".join(texts[i]), tuple(tokens[i])), self._endings[i])
-            for i in range(len(self._orders))
+            self._writer.choice(i, pieces[i], self._endings[i]) for i in range(len(self._orders))
         ]
         return self._writer.body(choices, usage=self._usage())
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from server.api.token_objects import JSON, chat_logprobs, risk_entries, risk_summary, text_logprobs
 from server.detokenizer import TokenNames
 from server.monitor import Token
-from server.policy import Ending, Order, Piece
+from server.parsing import Segment
+from server.policy import Ending, Order
+from server.segments import Piece
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +37,16 @@ class Writer:
             body["prompt_token_ids"] = self.orders[0].request.prompt_token_ids
         return body | {"system_fingerprint": self.system_fingerprint, "usage": usage}
 
-    def choice(self, index: int, piece: Piece, ending: Ending) -> JSON:
-        """One choice of the whole answer; `piece` is all that went before the ending."""
-        tokens = (*piece.tokens, *ending.tokens)
-        message = {"role": "assistant", "content": piece.text, "refusal": None}
+    def choice(self, index: int, pieces: Sequence[Piece], ending: Ending) -> JSON:
+        """One choice of the whole answer; `pieces` is all that went before the ending."""
+        tokens = (*(token for piece in pieces for token in piece.tokens), *ending.tokens)
         choice: JSON = {
             "index": index,
-            **({"message": message} if self.is_chat else {"text": piece.text}),
+            **(
+                {"message": self._message(index, pieces)}
+                if self.is_chat
+                else {"text": _text(pieces, "content")}
+            ),
             "finish_reason": ending.finish_reason,
             **self._of_tokens(index, tokens),
         }
@@ -68,7 +73,7 @@ class Writer:
         """The chunk of one piece of text, with the entries of the tokens that carry it."""
         choice: JSON = {
             "index": index,
-            **({"delta": {"content": piece.text}} if self.is_chat else {"text": piece.text}),
+            **({"delta": {piece.segment: piece.text}} if self.is_chat else {"text": piece.text}),
             "finish_reason": None,
             **self._of_tokens(index, piece.tokens),
         }
@@ -92,6 +97,17 @@ class Writer:
     def usage(self, usage: JSON) -> JSON:
         """The chunk without choices that `stream_options.include_usage` asks for."""
         return self._object(self._chunk_name, []) | {"usage": usage}
+
+    def _message(self, index: int, pieces: Sequence[Piece]) -> JSON:
+        content = _text(pieces, "content")
+        if self.orders[index].parsers is None:
+            return {"role": "assistant", "content": content, "refusal": None}
+        return {
+            "role": "assistant",
+            "content": content or None,
+            "refusal": None,
+            "reasoning": _text(pieces, "reasoning") or None,
+        }
 
     @property
     def _chunk_name(self) -> str:
@@ -120,6 +136,10 @@ class Writer:
             return {"logprobs": logprobs}
         ids = [token.token_id for token in tokens if token.token_id is not None]
         return {"logprobs": logprobs, "token_ids": ids}
+
+
+def _text(pieces: Sequence[Piece], segment: Segment) -> str:
+    return "".join(piece.text for piece in pieces if piece.segment == segment)
 
 
 def usage(*, prompt_tokens: int, completion_tokens: int) -> JSON:

@@ -35,7 +35,8 @@ async def chat_orders(service: Service, body: ChatRequest, *, request_id: str) -
     _check_budget(service, choices=body.n or 1, max_tokens=max_tokens)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sampling = _sampling(service, body, logprobs=logprobs, json_schema=schema)
-    return _orders(body, plan, [prompt], [max_tokens], sampling, request_id)
+    orders = _orders(body, plan, [prompt], [max_tokens], sampling, request_id)
+    return [replace(order, parsers=service.parsers) for order in orders]
 
 
 async def completion_orders(

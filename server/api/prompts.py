@@ -72,8 +72,12 @@ async def encode_with_spans(service: Service, text: str) -> list[tuple[int, int,
 
 def _turn(message: Message) -> dict[str, str]:
     role = "system" if message.role == "developer" else message.role
-    name = {"name": message.name} if message.name is not None else {}
-    return {"role": role, "content": message.text, **name}
+    turn = {"role": role, "content": message.text}
+    if message.name is not None:
+        turn["name"] = message.name
+    if message.reasoning is not None:
+        turn["reasoning_content"] = message.reasoning  # as templates of reasoning models call it
+    return turn
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> str:

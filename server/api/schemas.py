@@ -7,7 +7,7 @@ Bounds that depend on the model (vocabulary, context) are checked in `server/api
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -24,6 +24,7 @@ MAX_PROMPTS = 64
 MAX_STOP_STRINGS = 4
 MAX_LOGPROBS = 20
 _MAX_TOKEN_ID = 2**31 - 1
+_T = TypeVar("_T")
 
 ShortText: TypeAlias = Annotated[str, StringConstraints(max_length=512)]
 StopString: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=256)]
@@ -139,8 +140,9 @@ class TextPart(_Strict):
 
 class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=1024)]
+    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=1024)] | None
     name: Annotated[str, StringConstraints(max_length=64)] | None = None
+    reasoning: str | None = Field(None, description="Of an answer that is sent back.")
     # An assistant message that a client sends back as it came: these must be empty.
     refusal: None = None
     audio: None = None
@@ -152,7 +154,21 @@ class Message(_Strict):
     def text(self) -> str:
         if isinstance(self.content, str):
             return self.content
-        return "".join(part.text for part in self.content)
+        return "".join(part.text for part in self.content or ())
+
+    @field_validator("content")
+    @classmethod
+    def _null_in_answers_only(cls, value: _T, info: ValidationInfo) -> _T:
+        if value is None and info.data.get("role") != "assistant":
+            raise ValueError("must not be null")
+        return value
+
+    @field_validator("reasoning")
+    @classmethod
+    def _in_answers_only(cls, value: _T, info: ValidationInfo) -> _T:
+        if value is not None and info.data.get("role") != "assistant":
+            raise ValueError("belongs to assistant messages")
+        return value
 
 
 Messages: TypeAlias = Annotated[list[Message], Field(min_length=1, max_length=1024)]

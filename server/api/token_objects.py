@@ -31,7 +31,7 @@ def risk_entries(tokens: Sequence[Token], plan: RiskPlan) -> list[JSON]:
             "start": token.start,
             "end": token.end,
             "risk": token.risk,
-            "segment": "content",
+            "segment": token.segment,
         }
         if plan.contributors:
             entry["contributors"] = [share._asdict() for share in token.contributions]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from probes.card import ModelIdentity
     from probes.probe import Probe
+    from server.parsing import Parsers
 
 
 class EngineError(HNeuronsError):
@@ -225,6 +226,16 @@ class GuidedEngine(Engine, Protocol):
 
         Takes no engine time, but milliseconds of computation; may be called on any thread.
         """
+        ...
+
+
+@runtime_checkable
+class ParsingEngine(Engine, Protocol):
+    """An engine that comes with parsers of its own."""
+
+    @property
+    def parsers(self) -> Parsers | None:
+        """Those that it was made with."""
         ...
 
 

@@ -63,10 +63,19 @@ def joined(chunks):
         (choice,) = chunk["choices"]
         whole = choices.setdefault(
             choice["index"],
-            {"text": "", "tokens": [], "logprobs": [], "ids": [], "risk": None, "finish": None},
+            {
+                "text": "",
+                "reasoning": "",
+                "tokens": [],
+                "logprobs": [],
+                "ids": [],
+                "risk": None,
+                "finish": None,
+            },
         )
         assert whole["finish"] is None, "I8: nothing comes after the terminal event of a choice"
         whole["text"] += choice["delta"].get("content", "")
+        whole["reasoning"] += choice["delta"].get("reasoning", "")
         risk = choice.get("risk")
         if risk is not None:
             whole["tokens"] += risk["tokens"]
@@ -88,7 +97,8 @@ def flattened(answer):
     for i, choice in enumerate(answer["choices"]):
         assert choice["index"] == i
         flat = {
-            "text": choice["message"]["content"],
+            "text": choice["message"]["content"] or "",
+            "reasoning": choice["message"].get("reasoning") or "",
             "logprobs": (choice["logprobs"] or {"content": []})["content"],
             "ids": choice.get("token_ids", []),
             "risk": choice.get("risk"),
@@ -111,24 +121,27 @@ def check_choice(choice):
         assert all(token["token"] == "" and token["token_id"] is None for token in tokens)
         assert choice["logprobs"] == choice["ids"] == risk["spans"] == []
         return
-    assert "".join(token["token"] for token in tokens) == text
-    end = 0
+    fields = {"content": text, "reasoning": choice["reasoning"]}
+    ends = dict.fromkeys(fields, 0)
     for token in tokens:
-        assert token["start"] == end, "I10: no gap, no repetition"
-        end = token["end"]
-        assert text[token["start"] : end] == token["token"]
-    assert end == len(text)
-    visible = [token for token in tokens if token["token"]]
+        field, start, end = fields[token["segment"]], token["start"], token["end"]
+        assert start == ends[token["segment"]], "I10: no gap, no repetition"
+        assert field[start:end] == token["token"]
+        ends[token["segment"]] = end
+    assert ends == {segment: len(field) for segment, field in fields.items()}
+    visible = [token for token in tokens if token["token"] and token["segment"] != "reasoning"]
     scored = [token for token in visible if token["risk"] is not None]
     assert risk["status"] == (
         "unavailable" if not scored else "scored" if len(scored) == len(visible) else "partial"
     )
     assert (risk["score"] is None) == (risk["flagged"] is None) == (not scored)
     assert (risk["reason"] is None) == (risk["status"] == "scored")
-    flagged = [t["token"] for t in scored if t["risk"] >= risk["token_threshold"]]
+    flagged = [
+        t["token"] for t in tokens if t["token"] and (t["risk"] or -1) >= risk["token_threshold"]
+    ]
     assert "".join(span["text"] for span in risk["spans"]) == "".join(flagged)
     for span in risk["spans"]:
-        assert text[span["start"] : span["end"]] == span["text"]
+        assert fields[span["segment"]][span["start"] : span["end"]] == span["text"]
         assert span["risk"] >= risk["token_threshold"] - 1e-12
     assert risk["calibrated"] == (risk["alpha"] == 1)
     if choice["logprobs"]:

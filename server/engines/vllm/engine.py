@@ -34,6 +34,7 @@ from server.engines.base import (
     TokenLogprobs,
     probe_index,
 )
+from server.engines.vllm.parsers import VllmParsers
 from server.engines.vllm.plan import EXTRA_ARGS_KEY, MeterPlan, Order, salt
 from server.engines.vllm.processes import EngineProcesses
 from server.engines.vllm.tap import Reader, Tap
@@ -56,12 +57,14 @@ class VllmEngine:
         card: EngineCard,
         *,
         plan: MeterPlan | None,
+        parsers: VllmParsers | None,
         max_waiting_requests: int,
         max_waiting_tokens: int,
     ) -> None:
         """`plan` is what the workers read; None exactly when there is no probe."""
         self._llm: AsyncLLM | None = llm  # None once it is closed
         self._tokenizer, self._card, self._plan = tokenizer, card, plan
+        self.parsers = parsers
         self._max_num_seqs: int = llm.vllm_config.scheduler_config.max_num_seqs
         self._max_waiting_requests = max_waiting_requests
         self._max_waiting_tokens = max_waiting_tokens

@@ -64,11 +64,13 @@ def load_vllm_engine(
     max_waiting_requests: int = 64,
     max_waiting_tokens: int = 65_536,
     suppression: bool = True,
+    reasoning_parser: str | None = None,
     vllm_args: str = "",
 ) -> VllmEngine:
     """Load, check, compile and start the engine's processes. Blocks for a minute or more.
 
-    vllm_args  any of vLLM's engine arguments, as on its command line
+    reasoning_parser  vLLM's name of it; grammars begin to hold where the reasoning ends
+    vllm_args         any of vLLM's engine arguments, as on its command line
 
     Raises ModelError, or ProbeMismatchError when a probe belongs to another model.
     """
@@ -78,6 +80,11 @@ def load_vllm_engine(
     check_signatures()
     refuse_unreadable(model_path, revision=revision)
     tokenizer = load_tokenizer(model_path, revision=revision)
+    parsers = None
+    if reasoning_parser is not None:
+        from server.engines.vllm.parsers import VllmParsers
+
+        parsers = VllmParsers(tokenizer, reasoning=reasoning_parser)
     found, ends = _identity_of(model_path, tokenizer, model_id, revision=revision, dtype=dtype)
     match_all(probes, found)
     plan = None
@@ -91,6 +98,8 @@ def load_vllm_engine(
     ours = ["--model", str(model_path), "--dtype", found.dtype, "--max-num-seqs", str(max_num_seqs)]
     if revision is not None:
         ours += ["--revision", revision]
+    if reasoning_parser is not None:
+        ours += ["--reasoning-parser", reasoning_parser]
     if max_model_len is not None:
         ours += ["--max-model-len", str(max_model_len)]
     llm = _start(_engine_arguments([*shlex.split(vllm_args), *ours]), plan)
@@ -111,6 +120,7 @@ def load_vllm_engine(
         tokenizer,
         card,
         plan=plan,
+        parsers=parsers,
         max_waiting_requests=max_waiting_requests,
         max_waiting_tokens=max_waiting_tokens,
     )
