@@ -57,7 +57,8 @@ class Token(NamedTuple):
     """One written token: the text it carries and the risk of that text.
 
     start, end      code points of the visible text, half-open; empty when it carries no text
-    segment         the field of the answer whose text that is; `server.segments` sets it
+    segment, call   the field of the answer whose text that is, and which tool call; set by
+                    `server.segments`
     risk            calibrated, higher is worse; None when not scored (or not asked for)
     logits          (token head, response head) of a scored token
     """
@@ -73,6 +74,7 @@ class Token(NamedTuple):
     logprobs: TokenLogprobs | None = None
     is_flagged: bool = False
     segment: Segment = "content"
+    call: int | None = None
 
     @property
     def is_read(self) -> bool:
@@ -88,6 +90,7 @@ class Span(NamedTuple):
     text: str
     risk: float
     segment: Segment = "content"
+    call: int | None = None
 
 
 class Attempt(NamedTuple):
@@ -244,14 +247,14 @@ def summarise(plan: RiskPlan, tokens: Sequence[Token]) -> RiskSummary:
 
 def _spans(plan: RiskPlan, tokens: Sequence[Token]) -> Iterator[Span]:
     visible = [token for token in tokens if token.text]
-    for segment, group in groupby(visible, key=lambda token: token.segment):
+    for (segment, call), group in groupby(visible, key=lambda token: (token.segment, token.call)):
         field = list(group)
         for start, stop in flagged_runs([token.is_flagged for token in field]):
             run = field[start:stop]
             logits = [token.logits[0] for token in run if token.logits is not None]
             risk = plan.probe.card.token.calibration.risk(math.fsum(logits) / len(logits))
             text = "".join(token.text for token in run)
-            yield Span(run[0].start, run[-1].end, text, risk, segment)
+            yield Span(run[0].start, run[-1].end, text, risk, segment, call)
 
 
 def _cut(token: Token, end: int) -> Token:

@@ -1,30 +1,41 @@
 """What of a model's text is reasoning, what content, what a tool call: the seam to parsers.
 
 A parser sees the text of one choice token by token and tells what each token adds to the fields
-that a client sees. The plain one here knows the commonest markup and serves every engine; vLLM's
-own parsers come through `server.engines.vllm.parsers`, under the same names.
+that a client sees. Plain ones serve every engine (`server.plain_parsers`); vLLM's own come through
+`server.engines.vllm.parsers`, under the same names. Knows nothing of the wire.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
-
-from probes.errors import ModelError
-from server.detokenizer import decode
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from server.engines.base import Grammar
 
-Segment: TypeAlias = Literal["reasoning", "content"]
+Segment: TypeAlias = Literal["reasoning", "content", "tool_call"]
+
+
+class ToolCall(NamedTuple):
+    """How a call is named."""
+
+    id: str
+    function: str
 
 
 class Delta(NamedTuple):
-    """What one token adds to one field."""
+    """What one token adds to one field.
+
+    text    of the field; of a tool call: of its arguments
+    call    number of the tool call, from 0
+    opens   the call begins here
+    """
 
     segment: Segment
     text: str
+    call: int | None = None
+    opens: ToolCall | None = None
 
 
 class Parser(Protocol):
@@ -39,13 +50,27 @@ class Parser(Protocol):
         ...
 
 
-class Parsers(Protocol):
-    """The parsers of one server; made once, and refused then if the model's tokenizer lacks what
-    they need."""
+@dataclass(frozen=True, kw_only=True)
+class ToolUse:
+    """The tools that the model may call in answering one request."""
+
+    tools: tuple[dict[str, Any], ...]  # OpenAI's objects, as they stand in the prompt
+    must_call: bool = False  # at least one of them
+    function: str | None = None  # this one
+    parallel: bool = True  # more than one call in an answer
+
+
+class Rules(Protocol):
+    """How the answers to one request are written and read."""
 
     @property
     def shows_special_tokens(self) -> bool:
         """The markup is made of special tokens: they must be in the text."""
+        ...
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """What the engine must hold the text to, for calls that are demanded."""
         ...
 
     def open(self, prompt: Sequence[int]) -> Parser:
@@ -53,77 +78,15 @@ class Parsers(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class PlainParsers:
-    """`<think>`, for engines without parsers of their own."""
+class Parsers(Protocol):
+    """The parsers of one server, made at its start.
 
-    tokenizer: PreTrainedTokenizerBase
+    Those whose markup the tokenizer lacks are refused then.
+    """
 
     @property
-    def shows_special_tokens(self) -> bool:
-        return THINK_END in self.tokenizer.all_special_tokens
+    def calls_tools(self) -> bool: ...
 
-    def open(self, prompt: Sequence[int]) -> Parser:
-        # Templates end so when reasoning is switched off; a user's own `</think>` stands before.
-        end = decode(self.tokenizer, prompt[-len(THINK_END) - 8 :], skip_special_tokens=False)
-        return ThinkParser(is_open=not end.rstrip().endswith(THINK_END))
-
-
-THINK_START, THINK_END = "<think>", "</think>"
-REASONING_PARSERS = ("deepseek_r1",)  # vLLM's name of the same rule
-
-
-def plain_parsers(tokenizer: PreTrainedTokenizerBase, *, reasoning: str) -> PlainParsers:
-    """ModelError when there is no plain parser of that name."""
-    if reasoning not in REASONING_PARSERS:
-        raise ModelError(
-            f"reasoning_parser: this engine knows {', '.join(REASONING_PARSERS)}, not "
-            f"{reasoning!r}; --engine vllm knows all of vLLM's"
-        )
-    return PlainParsers(tokenizer)
-
-
-class ThinkParser:
-    """What stands before `</think>` is reasoning, with or without a `<think>` at its start."""
-
-    def __init__(self, *, is_open: bool) -> None:
-        """`is_open`: the prompt has not ended the reasoning already."""
-        self._is_open = is_open
-        self._begins = True  # a `<think>` may still come
-        self._held = ""
-
-    def push(self, text: str, token_id: int) -> list[Delta]:
-        """See `Parser.push`."""
-        if not self._is_open:
-            return _deltas(("content", text))
-        text, self._held = self._held + text, ""
-        if self._begins:
-            if THINK_START.startswith(text):  # also while there is no text yet
-                self._held = text
-                return []
-            self._begins = False
-            text = text.removeprefix(THINK_START)
-        reasoning, end, content = text.partition(THINK_END)
-        if end:
-            self._is_open = False
-            return _deltas(("reasoning", reasoning), ("content", content))
-        certain = len(text) - _overlap(text, THINK_END)
-        self._held = text[certain:]
-        return _deltas(("reasoning", text[:certain]))
-
-    def finish(self) -> list[Delta]:
-        """See `Parser.finish`."""
-        held, self._held = self._held, ""
-        return _deltas(("reasoning", held))
-
-
-def _deltas(*parts: tuple[Segment, str]) -> list[Delta]:
-    return [Delta(segment, text) for segment, text in parts if text]
-
-
-def _overlap(text: str, marker: str) -> int:
-    """How many of the last characters of `text` may begin `marker`."""
-    for length in range(min(len(text), len(marker) - 1), 0, -1):
-        if marker.startswith(text[-length:]):
-            return length
-    return 0
+    def rules(self, tools: ToolUse | None) -> Rules:
+        """ValueError with a sentence for the client when these tools cannot be served."""
+        ...

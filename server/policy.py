@@ -26,10 +26,10 @@ from typing import Literal, NamedTuple, TypeAlias
 from server.detokenizer import Detokenizer
 from server.engines.base import Engine, GenerationRequest, Step
 from server.monitor import Attempt, Monitor, RiskPlan, RiskSummary, Token, summarise
-from server.parsing import Parsers
+from server.parsing import Rules
 from server.segments import Piece, Segmenter, joined
 
-Ended: TypeAlias = Literal["stop", "length", "content_filter"]
+Ended: TypeAlias = Literal["stop", "length", "content_filter", "tool_calls"]
 
 WITHHELD = "This answer was withheld because its hallucination risk is above the threshold."
 
@@ -41,7 +41,8 @@ class Order:
     request: GenerationRequest
     stop: tuple[str, ...] = ()
     plan: RiskPlan | None = None
-    parsers: Parsers | None = None  # None: all text is content
+    rules: Rules | None = None  # None: all text is content
+    is_call_named: bool = False  # one function must be called: OpenAI ends that with "stop"
 
 
 class Ending(NamedTuple):
@@ -75,8 +76,8 @@ async def answer(
 async def _at_once(
     engine: Engine, order: Order, observer: Observer
 ) -> AsyncGenerator[Piece | Ending, None]:
-    prompt, parsers, plan = order.request.prompt_token_ids, order.parsers, order.plan
-    shows_special_tokens = parsers is not None and parsers.shows_special_tokens
+    prompt, rules, plan = order.request.prompt_token_ids, order.rules, order.plan
+    shows_special_tokens = rules is not None and rules.shows_special_tokens
     monitor = Monitor(
         Detokenizer(
             engine.tokenizer,
@@ -88,7 +89,7 @@ async def _at_once(
         plan=plan,
     )
     segmenter = Segmenter(
-        parsers.open(prompt) if parsers is not None else None,
+        rules.open(prompt) if rules is not None else None,
         stops=plan is not None and plan.policy == "stop",
     )
     async with aclosing(engine.generate(order.request)) as steps:
@@ -103,7 +104,11 @@ async def _at_once(
         pieces, rest = segmenter.finish(monitor.finish())
         for piece in pieces:
             yield piece
-    finish_reason = "content_filter" if segmenter.is_stopped else monitor.finish_reason
+    finish_reason: Ended | None = monitor.finish_reason
+    if segmenter.is_stopped:
+        finish_reason = "content_filter"
+    elif finish_reason == "stop" and segmenter.has_calls and not order.is_call_named:
+        finish_reason = "tool_calls"
     assert finish_reason is not None
     ending = Ending(
         finish_reason,
@@ -176,7 +181,9 @@ def _with_alpha(order: Order, alpha: float) -> Order:
 
 def _without_text(token: Token) -> Token:
     """The risk alone: an id or a log-probability would give the text away."""
-    return token._replace(token_id=None, text="", start=0, end=0, logprobs=None, segment="content")
+    return token._replace(
+        token_id=None, text="", start=0, end=0, logprobs=None, segment="content", call=None
+    )
 
 
 def _attempt(risk: RiskSummary) -> Attempt:

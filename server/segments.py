@@ -10,19 +10,29 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from server.monitor import Token
-from server.parsing import Delta, Parser, Segment
+from server.parsing import Delta, Parser, Segment, ToolCall
+
+Field: TypeAlias = tuple[Segment, int | None]  # a segment, and which call where it is one
 
 
 class Piece(NamedTuple):
-    """Text that goes out and the tokens that carry it."""
+    """Text that goes out and the tokens that carry it.
+
+    call, opens  as in `Delta`: the tool call whose arguments the text is of, and its name
+    """
 
     text: str
     tokens: tuple[Token, ...]
     segment: Segment = "content"
+    call: int | None = None
+    opens: ToolCall | None = None
+
+    @property
+    def field(self) -> Field:
+        return self.segment, self.call
 
 
 class Segmenter:
@@ -35,8 +45,9 @@ class Segmenter:
         self._parser = parser
         self._stops = stops
         self._held: list[Token] = []  # their field is not known yet
-        self._segment: Segment = "content"  # of the newest piece
-        self._lengths: defaultdict[Segment, int] = defaultdict(int)  # code points of each field
+        self._field: Field = ("content", None)  # of the newest piece
+        self._lengths: defaultdict[Field, int] = defaultdict(int)  # code points
+        self.has_calls = False
 
     def push(self, tokens: Sequence[Token]) -> list[Piece]:
         """What these tokens let out; the last of them has text."""
@@ -72,29 +83,20 @@ class Segmenter:
             return []
         pieces = []
         for number, delta in enumerate(deltas, start=1):
-            self._segment = delta.segment
+            self._field = field = (delta.segment, delta.call)
+            self.has_calls |= delta.opens is not None
             before = [self._at_end(held) for held in self._held]
             self._held = []
-            start = self._lengths[delta.segment]
-            end = self._lengths[delta.segment] = start + len(delta.text)
+            start = self._lengths[field]
+            self._lengths[field] = start + len(delta.text)
             if token is not None and number == len(deltas):
-                flagged = token.is_flagged and delta.text != ""
-                before.append(
-                    token._replace(
-                        text=delta.text,
-                        start=start,
-                        end=end,
-                        segment=delta.segment,
-                        is_flagged=flagged,
-                    )
-                )
-            pieces.append(Piece(delta.text, tuple(before), delta.segment))
+                before.append(_place(token, field, start, delta.text))
+            pieces.append(Piece(delta.text, tuple(before), *field, delta.opens))
         return pieces
 
     def _at_end(self, token: Token) -> Token:
         """Without text, where the newest piece ends."""
-        end = self._lengths[self._segment]
-        return token._replace(text="", start=end, end=end, segment=self._segment, is_flagged=False)
+        return _place(token, self._field, self._lengths[self._field], "")
 
     def _out(self, *pieces: Piece) -> list[Piece]:
         """What goes out of these: nothing after a flag that stops the answer."""
@@ -110,21 +112,33 @@ class Segmenter:
             for count, token in enumerate(piece.tokens, start=1):
                 if token.is_flagged and token.segment != "reasoning":
                     self.is_stopped = True
-                    return _piece(piece.tokens[:count])._replace(segment=piece.segment)
+                    shown = _piece(piece.tokens[:count])
+                    return piece._replace(text=shown.text, tokens=shown.tokens)
         return piece
 
 
 def joined(pieces: Sequence[Piece]) -> list[Piece]:
     """Neighbours of one field in one piece."""
-    groups = [list(group) for _, group in groupby(pieces, key=lambda piece: piece.segment)]
-    return [
-        Piece(
-            "".join(piece.text for piece in group),
-            tuple(token for piece in group for token in piece.tokens),
-            group[0].segment,
-        )
-        for group in groups
-    ]
+    out: list[Piece] = []
+    for piece in pieces:
+        if out and out[-1].field == piece.field:
+            last = out.pop()
+            piece = last._replace(text=last.text + piece.text, tokens=last.tokens + piece.tokens)
+        out.append(piece)
+    return out
+
+
+def _place(token: Token, field: Field, start: int, text: str) -> Token:
+    """The token with what it adds to a field at `start`."""
+    segment, call = field
+    return token._replace(
+        text=text,
+        start=start,
+        end=start + len(text),
+        segment=segment,
+        call=call,
+        is_flagged=token.is_flagged and text != "",
+    )
 
 
 def _piece(tokens: Iterable[Token]) -> Piece:

@@ -73,6 +73,11 @@ class Settings(BaseSettings):
         description="what of a chat answer is reasoning, in vLLM's words (`deepseek_r1`, `qwen3`, "
         "..); engines other than vllm know `deepseek_r1`",
     )
+    tool_call_parser: str | None = Field(
+        None,
+        description="serve tools, and find their calls in vLLM's words (`hermes`, `llama3_json`, "
+        "..); engines other than vllm know `hermes`",
+    )
 
     probe: Words = Field(
         (),

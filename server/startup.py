@@ -22,7 +22,8 @@ from server.auth import hash_keys, read_key_hashes
 from server.engines.base import Engine, ParsingEngine
 from server.hub import fetch_probe, is_pinned
 from server.metrics import Metrics
-from server.parsing import Parsers, plain_parsers
+from server.parsing import Parsers
+from server.plain_parsers import plain_parsers
 from server.service import Service
 from server.settings import BadSettingsError, Secrets, Settings
 
@@ -126,6 +127,7 @@ def _load_checkpoint(settings: Settings, model: Model, probes: Sequence[Probe]) 
         return load_vllm_engine(
             model.source,
             reasoning_parser=settings.reasoning_parser,
+            tool_call_parser=settings.tool_call_parser,
             vllm_args=settings.vllm_args,
             **common,
         )
@@ -156,11 +158,12 @@ def make_service(settings: Settings, engine: Engine, model: Model) -> Service:
 
 def find_parsers(settings: Settings, engine: Engine) -> Parsers | None:
     """The engine's own, else a plain one; None when no parser was named."""
-    if settings.reasoning_parser is None:
+    reasoning, tool_call = settings.reasoning_parser, settings.tool_call_parser
+    if reasoning is None and tool_call is None:
         return None
     if isinstance(engine, ParsingEngine):
         return engine.parsers
-    return plain_parsers(engine.tokenizer, reasoning=settings.reasoning_parser)
+    return plain_parsers(engine.tokenizer, reasoning=reasoning, tool_call=tool_call)
 
 
 def _recorders(settings: Settings, metrics: Metrics) -> Iterator[Recorder]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from server.api.token_objects import JSON, chat_logprobs, risk_entries, risk_summary, text_logprobs
 from server.detokenizer import TokenNames
 from server.monitor import Token
-from server.parsing import Segment
+from server.parsing import Segment, ToolCall
 from server.policy import Ending, Order
 from server.segments import Piece
 
@@ -73,7 +73,7 @@ class Writer:
         """The chunk of one piece of text, with the entries of the tokens that carry it."""
         choice: JSON = {
             "index": index,
-            **({"delta": {piece.segment: piece.text}} if self.is_chat else {"text": piece.text}),
+            **({"delta": _delta(piece)} if self.is_chat else {"text": piece.text}),
             "finish_reason": None,
             **self._of_tokens(index, piece.tokens),
         }
@@ -100,14 +100,22 @@ class Writer:
 
     def _message(self, index: int, pieces: Sequence[Piece]) -> JSON:
         content = _text(pieces, "content")
-        if self.orders[index].parsers is None:
+        if self.orders[index].rules is None:
             return {"role": "assistant", "content": content, "refusal": None}
-        return {
+        message: JSON = {
             "role": "assistant",
             "content": content or None,
             "refusal": None,
             "reasoning": _text(pieces, "reasoning") or None,
         }
+        calls = [
+            _opening(piece.opens, _text(pieces, "tool_call", piece.call))
+            for piece in pieces
+            if piece.opens is not None
+        ]
+        if calls:
+            message["tool_calls"] = calls
+        return message
 
     @property
     def _chunk_name(self) -> str:
@@ -138,8 +146,22 @@ class Writer:
         return {"logprobs": logprobs, "token_ids": ids}
 
 
-def _text(pieces: Sequence[Piece], segment: Segment) -> str:
-    return "".join(piece.text for piece in pieces if piece.segment == segment)
+def _text(pieces: Sequence[Piece], segment: Segment, call: int | None = None) -> str:
+    return "".join(piece.text for piece in pieces if piece.field == (segment, call))
+
+
+def _delta(piece: Piece) -> JSON:
+    """What a piece adds to the message."""
+    if piece.segment != "tool_call":
+        return {piece.segment: piece.text}
+    if piece.opens is not None:
+        return {"tool_calls": [{"index": piece.call, **_opening(piece.opens, piece.text)}]}
+    return {"tool_calls": [{"index": piece.call, "function": {"arguments": piece.text}}]}
+
+
+def _opening(call: ToolCall, arguments: str) -> JSON:
+    function = {"name": call.function, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def usage(*, prompt_tokens: int, completion_tokens: int) -> JSON:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from probes.probe import Probe
 from server.api.errors import APIError
-from server.api.formats import json_schema
+from server.api.formats import answer_grammar, answer_rules, tool_use
 from server.api.prompts import chat_prompt, encode_prompt
 from server.api.schemas import (
     ChatRequest,
@@ -18,7 +18,7 @@ from server.api.schemas import (
     Risk,
     RiskOptions,
 )
-from server.engines.base import GenerationRequest, Sampling
+from server.engines.base import GenerationRequest, Grammar, Sampling
 from server.monitor import RiskPlan
 from server.policy import Order
 from server.service import Service
@@ -28,15 +28,18 @@ async def chat_orders(service: Service, body: ChatRequest, *, request_id: str) -
     """One order per choice; APIError names the field that cannot be served."""
     check_model(service, body.model)
     plan = risk_plan(service, body.risk)
-    schema = await json_schema(service, body)
-    prompt = await chat_prompt(service, body.messages)
+    tools = tool_use(service, body)
+    rules = answer_rules(service, tools)
+    grammar = await answer_grammar(service, body, tools, rules)
+    prompt = await chat_prompt(service, body.messages, tools)
     limit = body.max_completion_tokens or body.max_tokens
     max_tokens = _max_tokens(service, prompt, limit, param="messages")
     _check_budget(service, choices=body.n or 1, max_tokens=max_tokens)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    sampling = _sampling(service, body, logprobs=logprobs, json_schema=schema)
+    sampling = _sampling(service, body, logprobs=logprobs, grammar=grammar)
     orders = _orders(body, plan, [prompt], [max_tokens], sampling, request_id)
-    return [replace(order, parsers=service.parsers) for order in orders]
+    is_named = tools is not None and tools.function is not None
+    return [replace(order, rules=rules, is_call_named=is_named) for order in orders]
 
 
 async def completion_orders(
@@ -146,7 +149,7 @@ def _sampling(
     body: ChatRequest | CompletionRequest,
     *,
     logprobs: int | None,
-    json_schema: str | None = None,
+    grammar: Grammar | None = None,
 ) -> Sampling:
     """OpenAI's defaults: temperature 1, top_p 1, no penalties."""
     return Sampling(
@@ -161,7 +164,7 @@ def _sampling(
         logit_bias=_logit_bias(service, body.logit_bias or {}),
         logprobs=logprobs,
         ignore_eos=bool(body.ignore_eos),
-        json_schema=json_schema,
+        grammar=grammar,
     )
 
 

@@ -23,6 +23,7 @@ MAX_CHOICES = 8
 MAX_PROMPTS = 64
 MAX_STOP_STRINGS = 4
 MAX_LOGPROBS = 20
+MAX_TOOLS = 128
 _MAX_TOKEN_ID = 2**31 - 1
 _T = TypeVar("_T")
 
@@ -90,6 +91,41 @@ ResponseFormat: TypeAlias = Annotated[
 ]
 
 
+FunctionName: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+
+
+class Function(_Strict):
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="JSON Schema of the arguments.")
+    strict: bool | None = Field(None, description="Hold calls of it to the schema.")
+
+
+class Tool(_Strict):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionChoice(_Strict):
+    name: FunctionName
+
+
+class NamedToolChoice(_Strict):
+    type: Literal["function"]
+    function: FunctionChoice
+
+
+class CalledFunction(_Strict):
+    name: FunctionName
+    arguments: str
+
+
+class ToolCall(_Strict):
+    id: ShortText
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class _Generation(_Strict):
     """What chat and plain completions have in common."""
 
@@ -139,15 +175,16 @@ class TextPart(_Strict):
 
 
 class Message(_Strict):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(min_length=1, max_length=1024)] | None
     name: Annotated[str, StringConstraints(max_length=64)] | None = None
     reasoning: str | None = Field(None, description="Of an answer that is sent back.")
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: ShortText | None = Field(None, description="Of `tool`: whose result this is.")
     # An assistant message that a client sends back as it came: these must be empty.
     refusal: None = None
     audio: None = None
     function_call: None = None
-    tool_calls: Annotated[list[object], Field(max_length=0)] | None = None
     annotations: Annotated[list[object], Field(max_length=0)] | None = None
 
     @property
@@ -163,12 +200,18 @@ class Message(_Strict):
             raise ValueError("must not be null")
         return value
 
-    @field_validator("reasoning")
+    @field_validator("reasoning", "tool_calls")
     @classmethod
     def _in_answers_only(cls, value: _T, info: ValidationInfo) -> _T:
         if value is not None and info.data.get("role") != "assistant":
             raise ValueError("belongs to assistant messages")
         return value
+
+    @model_validator(mode="after")
+    def _names_its_call(self) -> Self:
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise ValueError("tool_call_id belongs to tool messages, and to each of them")
+        return self
 
 
 Messages: TypeAlias = Annotated[list[Message], Field(min_length=1, max_length=1024)]
@@ -182,6 +225,9 @@ class ChatRequest(_Generation):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     @field_validator("top_logprobs")
     @classmethod

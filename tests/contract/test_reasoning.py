@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from server.api.answers import ChatCompletion
 from server.engines.fake import FakeEngine
-from server.parsing import plain_parsers
+from server.plain_parsers import plain_parsers
 from tests.contract.test_invariants import REQUESTS, check_choice, flattened, joined
 
 WORDS = ["<think>", "</think>", "</thi", "<", "in", "1969", "né", "😀", "7", "", "[nan:3]"]
@@ -24,7 +24,7 @@ def open_thinking(open_wire):
 
     def make(**settings):
         engine = FakeEngine()
-        parsers = plain_parsers(engine.tokenizer, reasoning="deepseek_r1")
+        parsers = plain_parsers(engine.tokenizer, reasoning="deepseek_r1", tool_call=None)
         return open_wire(engine, parsers=parsers, **settings)
 
     return make
@@ -35,7 +35,7 @@ def open_thinking(open_wire):
 async def test_streamed_equals_not_streamed_in_every_field(open_wire, text, fields):
     """I1, I2, I10 with a parser in between, under every policy, seed and stop string."""
     engine = FakeEngine()
-    parsers = plain_parsers(engine.tokenizer, reasoning="deepseek_r1")
+    parsers = plain_parsers(engine.tokenizer, reasoning="deepseek_r1", tool_call=None)
     async with open_wire(engine, parsers=parsers) as wire:
         answer = await wire.chat(text, **fields)
         assert answer.status_code == 200, answer.text

@@ -12,6 +12,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from server.engines.base import Grammar
 from server.engines.fake import FakeEngine
 from tests.contract.test_invariants import check_choice, flattened, joined
 
@@ -32,12 +33,12 @@ class GuidedFake(FakeEngine):
         super().__init__(answer=ANSWER.encode())
         self.asked = []
 
-    def check_schema(self, schema):
-        if "multipleOf" in schema:
-            raise ValueError(f"cannot compile {schema}")
+    def check_grammar(self, grammar):
+        if "multipleOf" in grammar.text:
+            raise ValueError(f"cannot compile {grammar}")
 
     def generate(self, request):
-        self.asked.append(request.sampling.json_schema)
+        self.asked.append(request.sampling.grammar)
         return super().generate(request)
 
 
@@ -60,7 +61,8 @@ async def test_the_engine_gets_the_schema_for_every_choice(open_wire):
         assert (await wire.chat("hi", response_format={"type": "text"})).status_code == 200
         assert (await wire.chat("hi", response_format=None)).status_code == 200
     compact = json.dumps(SCHEMA, separators=(",", ":"))
-    assert engine.asked == [compact, compact, '{"type":"object"}', None, None]
+    wanted, anything = Grammar("json", compact), Grammar("json", '{"type":"object"}')
+    assert engine.asked == [wanted, wanted, anything, None, None]
 
 
 async def test_json_has_a_risk_for_every_token_streamed_or_not(open_wire):

@@ -25,6 +25,7 @@ from server.engines.base import (
     EngineDeadError,
     EngineOverloadedError,
     GenerationRequest,
+    Grammar,
     Health,
     Reading,
     RequestFailedError,
@@ -136,12 +137,12 @@ class VllmEngine:
             by_position.get(position, self._unread(order, position)) for position in wanted
         )
 
-    def check_schema(self, schema: str) -> None:
-        """See `GuidedEngine.check_schema`. vLLM's own check, which it repeats at submission."""
+    def check_grammar(self, grammar: Grammar) -> None:
+        """See `GuidedEngine.check_grammar`. vLLM's own check, which it repeats at submission."""
         if self._llm is None:
             raise EngineDeadError(self._dead)
         config = self._llm.vllm_config
-        params = SamplingParams(structured_outputs=StructuredOutputsParams(json=schema))
+        params = SamplingParams(structured_outputs=_structured_outputs(grammar))
         try:
             params.verify(
                 config.model_config, None, config.structured_outputs_config, self._llm.tokenizer
@@ -259,7 +260,6 @@ class VllmEngine:
         return Order(index, alpha, contributors, whole_prompt=False)
 
     def _params(self, sampling: Sampling, order: Order | None) -> SamplingParams:
-        schema = sampling.json_schema
         return SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -276,7 +276,7 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
             extra_args=None if order is None else {EXTRA_ARGS_KEY: list(order)},
-            structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
+            structured_outputs=_structured_outputs(sampling.grammar),
             skip_clone=True,
         )
 
@@ -284,6 +284,11 @@ class VllmEngine:
         assert self._plan is not None
         heads = len(self._plan.probes[order.probe].bias)
         return Reading(position, (math.nan,) * heads)
+
+
+def _structured_outputs(grammar: Grammar | None) -> StructuredOutputsParams | None:
+    """The kinds of grammars are vLLM's."""
+    return None if grammar is None else StructuredOutputsParams(**{grammar.kind: grammar.text})
 
 
 def _finish_reason(reason: str) -> Any:

@@ -65,11 +65,13 @@ def load_vllm_engine(
     max_waiting_tokens: int = 65_536,
     suppression: bool = True,
     reasoning_parser: str | None = None,
+    tool_call_parser: str | None = None,
     vllm_args: str = "",
 ) -> VllmEngine:
     """Load, check, compile and start the engine's processes. Blocks for a minute or more.
 
-    reasoning_parser  vLLM's name of it; grammars begin to hold where the reasoning ends
+    reasoning_parser, tool_call_parser
+                      vLLM's names of them; grammars begin to hold where the reasoning ends
     vllm_args         any of vLLM's engine arguments, as on its command line
 
     Raises ModelError, or ProbeMismatchError when a probe belongs to another model.
@@ -81,10 +83,10 @@ def load_vllm_engine(
     refuse_unreadable(model_path, revision=revision)
     tokenizer = load_tokenizer(model_path, revision=revision)
     parsers = None
-    if reasoning_parser is not None:
+    if reasoning_parser is not None or tool_call_parser is not None:
         from server.engines.vllm.parsers import VllmParsers
 
-        parsers = VllmParsers(tokenizer, reasoning=reasoning_parser)
+        parsers = VllmParsers(tokenizer, reasoning=reasoning_parser, tool_call=tool_call_parser)
     found, ends = _identity_of(model_path, tokenizer, model_id, revision=revision, dtype=dtype)
     match_all(probes, found)
     plan = None

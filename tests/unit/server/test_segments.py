@@ -9,10 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.monitor import Token
-from server.parsing import ThinkParser
+from server.plain_parsers import PlainParser
 from server.segments import Segmenter
 
-TEXT = "<think>Is it 7? a<b</think>It is 7 </thin>k."
+TEXT = (
+    "<think>Is it 7? a<b</think>It is 7 </thin>k."
+    '<tool_call>{"name": "f", "arguments": {"a": "}"}}</tool_call>'
+    '<tool_call>{"name": "g", "arguments": {}}</tool_call>'
+)
 
 
 def tokens_of(parts, flagged=()):
@@ -26,7 +30,7 @@ def tokens_of(parts, flagged=()):
 
 
 def segmenter(*, stops=False, is_open=True):
-    return Segmenter(ThinkParser(is_open=is_open), stops=stops)
+    return Segmenter(PlainParser(is_open=is_open, parses_calls=True), stops=stops)
 
 
 def play(made, parts, flagged=()):
@@ -40,8 +44,8 @@ def play(made, parts, flagged=()):
     return pieces + more, rest
 
 
-def text_of(pieces, segment):
-    return "".join(piece.text for piece in pieces if piece.segment == segment)
+def text_of(pieces, segment, call=None):
+    return "".join(piece.text for piece in pieces if piece.field == (segment, call))
 
 
 def places(tokens):
@@ -131,6 +135,33 @@ def test_a_flag_among_the_last_tokens_stops_too():
     assert len(made.tokens) == 1
 
 
+def test_a_token_of_a_call_points_into_its_arguments():
+    """The name has no characters there: what writes it stands before them."""
+    parts = [
+        "<tool_call>",
+        '{"name": "f"',
+        ', "arguments": ',
+        '{"a": ',
+        '"7"',
+        "}}",
+        "</tool_call>",
+    ]
+    made = segmenter(is_open=False)
+    pieces, _ = play(made, parts, flagged=[4, 5])
+    assert [(piece.text, piece.call, piece.opens is not None) for piece in pieces] == [
+        ('{"a": ', 0, True),
+        ('"7"', 0, False),
+        ("}", 0, False),
+    ]
+    assert [(t.segment, t.call, t.start, t.end, t.is_flagged) for t in made.tokens] == [
+        *[("tool_call", 0, 0, 0, False)] * 3,
+        ("tool_call", 0, 0, 6, False),
+        ("tool_call", 0, 6, 9, True),
+        ("tool_call", 0, 9, 10, True),
+        ("tool_call", 0, 10, 10, False),
+    ]
+
+
 @given(st.lists(st.integers(0, len(TEXT)), max_size=30), st.booleans())
 def test_any_borders_give_the_same_fields(cuts, at_once):
     """The tokenizer's borders are an accident: no text depends on them, no token is lost."""
@@ -143,11 +174,13 @@ def test_any_borders_give_the_same_fields(cuts, at_once):
         pieces, _ = play(made, parts)
     assert text_of(pieces, "reasoning") == "Is it 7? a<b"
     assert text_of(pieces, "content") == "It is 7 </thin>k."
+    assert [piece.opens.function for piece in pieces if piece.opens] == ["f", "g"]
+    assert text_of(pieces, "tool_call", 0) == '{"a": "}"}'
+    assert text_of(pieces, "tool_call", 1) == "{}"
     assert [token.token_id for token in made.tokens] == list(range(len(parts)))
-    for segment in ("reasoning", "content"):
-        end = 0
-        for token in made.tokens:
-            if token.segment == segment:
-                assert token.start >= end
-                end = token.end
-                assert text_of(pieces, segment)[token.start : end] == token.text
+    ends = {}
+    for token in made.tokens:
+        field = (token.segment, token.call)
+        assert token.start >= ends.get(field, 0)
+        ends[field] = token.end
+        assert text_of(pieces, *field)[token.start : token.end] == token.text
