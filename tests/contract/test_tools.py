@@ -199,7 +199,7 @@ class GuidedFake(FakeEngine):
         self.asked = []
 
     def check_grammar(self, grammar):
-        if self.asked:
+        if self.asked and grammar.kind == "structural_tag":
             raise ValueError("once is enough")
 
     def generate(self, request):
@@ -214,6 +214,9 @@ async def test_the_engine_is_held_to_the_call_that_is_demanded(open_calling):
         body = (await wire.chat(CALL % 7, tools=[FIND], tool_choice=NAMED)).json()
         assert body["choices"][0]["finish_reason"] == "stop"
         assert len(body["choices"][0]["message"]["tool_calls"]) == 1
+        both = {"tools": [FIND], "response_format": {"type": "json_object"}}
+        refused = await wire.chat(CALL % 7, **both)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "response_format")
         refused = await wire.chat(CALL % 7, tools=[FIND], tool_choice="required")
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tools")
     assert engine.asked == [Grammar("structural_tag", "{}")]

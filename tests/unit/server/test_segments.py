@@ -116,6 +116,13 @@ def test_the_policy_stop_ends_with_the_first_flagged_token_of_the_answer():
     assert (text_of(pieces, "reasoning"), text_of(pieces, "content"), rest) == ("a", "bc", ())
 
 
+def test_nothing_comes_out_after_the_flag_that_stops():
+    """Also when the tokens behind it came at the same time."""
+    made = segmenter(stops=True, is_open=False)
+    pieces = made.push(tokens_of(["a", "b", "c"], flagged=[1]))
+    assert (text_of(pieces, "content"), len(made.tokens)) == ("ab", 2)
+
+
 @pytest.mark.parametrize("together", [False, True])
 def test_the_policy_stop_without_a_parser(together):
     """Also when several tokens come at once, as after a stop string that did not come."""
