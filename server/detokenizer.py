@@ -1,8 +1,8 @@
 """Token ids to text, one token at a time, without ever showing half a character.
 
 A character whose bytes are spread over several tokens belongs to the token that completes it; the
-tokens before it carry no text. Special tokens are hidden. What is still unfinished when the answer
-ends is dropped. Knows nothing of stop strings or risk.
+tokens before it carry no text. Special tokens are hidden, unless a parser reads them. What is
+still unfinished when the answer ends is dropped. Knows nothing of stop strings or risk.
 """
 
 from __future__ import annotations
@@ -26,14 +26,24 @@ class Detokenizer:
     SentencePiece word keeps the space before it when it follows text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: Sequence[int] = (),
+        *,
+        shown_but: frozenset[int] | None = None,
+    ) -> None:
+        """`shown_but`: special tokens are shown, but for these."""
         self._tokenizer = tokenizer
+        self._hidden = shown_but
         self._window = self._context(prompt)  # begins where a character begins
         self._boundary = len(self._window)  # tokens of the window before the newest piece
         self._shown = len(self._finished(self._window))  # characters of the window already given
 
     def push(self, token_id: int) -> str:
         """The characters that this token completes; often "", sometimes several."""
+        if self._hidden is not None and token_id in self._hidden:
+            return ""
         self._window.append(token_id)
         text = self._decode(self._window)
         finished = text.rstrip(_REPLACEMENT)
@@ -61,12 +71,16 @@ class Detokenizer:
         return self._decode(ids).rstrip(_REPLACEMENT)
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return decode(self._tokenizer, ids)
+        return decode(self._tokenizer, ids, skip_special_tokens=self._hidden is None)
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """All of `ids` at once, special tokens hidden, spaces untouched."""
-    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def decode(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special_tokens: bool = True
+) -> str:
+    """All of `ids` at once, spaces untouched."""
+    text = tokenizer.decode(
+        list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+    )
     assert isinstance(text, str)
     return text
 

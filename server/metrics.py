@@ -24,7 +24,8 @@ from prometheus_client import (
 from probes.probe import Probe
 from server.collectors import EngineCollector, VllmCollector
 from server.engines.base import Health
-from server.monitor import Ended, RiskSummary, Status, Token, Unscored
+from server.monitor import RiskSummary, Status, Token, Unscored
+from server.policy import Ended
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

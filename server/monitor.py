@@ -10,20 +10,28 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal, NamedTuple, TypeAlias
 
 from probes.probe import Probe
 from probes.spans import flagged_runs
 from server.detokenizer import Detokenizer
-from server.engines.base import Contribution, Reading, RequestFailedError, Step, TokenLogprobs
+from server.engines.base import (
+    Contribution,
+    FinishReason,
+    Reading,
+    RequestFailedError,
+    Step,
+    TokenLogprobs,
+)
+from server.parsing import Segment
 from server.stop_strings import StopStrings
 
 Policy: TypeAlias = Literal["flag", "stop", "withhold", "retry"]
 Unscored: TypeAlias = Literal["not_read", "nonfinite"]
 Status: TypeAlias = Literal["scored", "partial", "unavailable"]
-Ended: TypeAlias = Literal["stop", "length", "content_filter"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +57,8 @@ class Token(NamedTuple):
     """One written token: the text it carries and the risk of that text.
 
     start, end      code points of the visible text, half-open; empty when it carries no text
+    segment, call   the field of the answer whose text that is, and which tool call; set by
+                    `server.segments`
     risk            calibrated, higher is worse; None when not scored (or not asked for)
     logits          (token head, response head) of a scored token
     """
@@ -63,6 +73,8 @@ class Token(NamedTuple):
     contributions: tuple[Contribution, ...] = ()
     logprobs: TokenLogprobs | None = None
     is_flagged: bool = False
+    segment: Segment = "content"
+    call: int | None = None
 
     @property
     def is_read(self) -> bool:
@@ -71,12 +83,14 @@ class Token(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A run of flagged tokens; its risk is the calibration of its mean token logit."""
+    """A run of flagged tokens of one field; its risk is the calibration of its mean token logit."""
 
     start: int
     end: int
     text: str
     risk: float
+    segment: Segment = "content"
+    call: int | None = None
 
 
 class Attempt(NamedTuple):
@@ -117,7 +131,7 @@ class Monitor:
         plan: RiskPlan | None = None,
     ) -> None:
         self.tokens: list[Token] = []  # those that have come out
-        self.finish_reason: Ended | None = None
+        self.finish_reason: FinishReason | None = None
         self._detokenizer = detokenizer
         self._first_position = first_position  # of the first written token
         self._stop = StopStrings(stop)
@@ -137,12 +151,11 @@ class Monitor:
         if step.reading is not None and self._plan is not None:
             self._read(step.reading)
         self._settled = len(self._pending) - (1 if is_written and self._waits else 0)
-        self._stop_at_flag()
-        if self.finish_reason is None and self._is_cut:
+        if self._is_cut:
             # The completing token may still show text: one more pass reads it.
             is_text_unread = self._settled < len(self._pending) and self._pending[-1].text != ""
             self.finish_reason = None if is_text_unread and not was_cut else "stop"
-        elif self.finish_reason is None:
+        else:
             self.finish_reason = step.finish_reason
         return self._release()
 
@@ -171,17 +184,6 @@ class Monitor:
         i = position - self._first_position - len(self.tokens)
         if 0 <= i < len(self._pending) and not self._pending[i].is_read:
             self._pending[i] = score(self._plan, self._pending[i], reading)
-
-    def _stop_at_flag(self) -> None:
-        """Under the policy `stop` the first flagged token is the last one."""
-        if self._plan is None or self._plan.policy != "stop":
-            return
-        for i, token in enumerate(self._pending):
-            if token.is_flagged:
-                del self._pending[i + 1 :]
-                self._settled = i + 1
-                self.finish_reason = "content_filter"
-                return
 
     def _release(self) -> list[Token]:
         certain = self._length if self._is_cut else self._length - self._stop.held
@@ -222,9 +224,12 @@ def score(plan: RiskPlan, token: Token, reading: Reading) -> Token:
 
 
 def summarise(plan: RiskPlan, tokens: Sequence[Token]) -> RiskSummary:
-    """The answer's risk from all its tokens; only tokens with visible text count."""
+    """The answer's risk from all its tokens; only tokens with visible text count.
+
+    Reasoning is read, tinted and not counted: it is no answer, and mostly longer than one.
+    """
     rule = plan.probe.card.response
-    visible = [token for token in tokens if token.text]
+    visible = [token for token in tokens if token.text and token.segment != "reasoning"]
     logits = [token.logits[1] for token in visible if token.logits is not None]
     value = rule.calibration.risk(rule.pooling.pool(logits)) if logits else None
     missing = Counter(token.unscored for token in visible if token.unscored is not None)
@@ -235,19 +240,21 @@ def summarise(plan: RiskPlan, tokens: Sequence[Token]) -> RiskSummary:
         reason="no_text" if not visible else reason,
         score=value,
         is_flagged=None if value is None else value >= plan.response_threshold,
-        spans=_spans(plan, visible),
+        spans=tuple(_spans(plan, tokens)),
         unscored=dict(Counter(token.unscored for token in tokens if token.unscored is not None)),
     )
 
 
-def _spans(plan: RiskPlan, visible: Sequence[Token]) -> tuple[Span, ...]:
-    spans = []
-    for start, stop in flagged_runs([token.is_flagged for token in visible]):
-        run = visible[start:stop]
-        logits = [token.logits[0] for token in run if token.logits is not None]
-        risk = plan.probe.card.token.calibration.risk(math.fsum(logits) / len(logits))
-        spans.append(Span(run[0].start, run[-1].end, "".join(t.text for t in run), risk))
-    return tuple(spans)
+def _spans(plan: RiskPlan, tokens: Sequence[Token]) -> Iterator[Span]:
+    visible = [token for token in tokens if token.text]
+    for (segment, call), group in groupby(visible, key=lambda token: (token.segment, token.call)):
+        field = list(group)
+        for start, stop in flagged_runs([token.is_flagged for token in field]):
+            run = field[start:stop]
+            logits = [token.logits[0] for token in run if token.logits is not None]
+            risk = plan.probe.card.token.calibration.risk(math.fsum(logits) / len(logits))
+            text = "".join(token.text for token in run)
+            yield Span(run[0].start, run[-1].end, text, risk, segment, call)
 
 
 def _cut(token: Token, end: int) -> Token:

@@ -4,7 +4,8 @@ Every policy is a stream of pieces that ends with one `Ending`; a streamed and a
 made from the same stream and so cannot differ.
 
     flag      the answer goes out as it is made; its risk is told
-    stop      the answer ends with the first flagged token, which is shown
+    stop      the answer ends with the first flagged token, which is shown (reasoning is not the
+              answer: a flag there stops nothing)
     withhold  nothing goes out before the answer is complete; a flagged answer is replaced by a
               fixed sentence and only its risks go out (an answer that could not be scored is not
               flagged: its status says so)
@@ -20,11 +21,15 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from server.detokenizer import Detokenizer
 from server.engines.base import Engine, GenerationRequest, Step
-from server.monitor import Attempt, Ended, Monitor, RiskPlan, RiskSummary, Token, summarise
+from server.monitor import Attempt, Monitor, RiskPlan, RiskSummary, Token, summarise
+from server.parsing import Rules
+from server.segments import Piece, Segmenter, joined
+
+Ended: TypeAlias = Literal["stop", "length", "content_filter", "tool_calls"]
 
 WITHHELD = "This answer was withheld because its hallucination risk is above the threshold."
 
@@ -36,13 +41,8 @@ class Order:
     request: GenerationRequest
     stop: tuple[str, ...] = ()
     plan: RiskPlan | None = None
-
-
-class Piece(NamedTuple):
-    """Text that goes out and the tokens that carry it."""
-
-    text: str
-    tokens: tuple[Token, ...]
+    rules: Rules | None = None  # None: all text is content
+    is_call_named: bool = False  # one function must be called: OpenAI ends that with "stop"
 
 
 class Ending(NamedTuple):
@@ -74,32 +74,48 @@ def answer(
 async def _at_once(
     engine: Engine, order: Order, observer: Observer
 ) -> AsyncGenerator[Piece | Ending, None]:
+    prompt, rules, plan = order.request.prompt_token_ids, order.rules, order.plan
+    shows_special_tokens = rules is not None and rules.shows_special_tokens
     monitor = Monitor(
-        Detokenizer(engine.tokenizer, order.request.prompt_token_ids),
-        first_position=len(order.request.prompt_token_ids),
+        Detokenizer(
+            engine.tokenizer,
+            prompt,
+            shown_but=engine.card.eos_token_ids if shows_special_tokens else None,
+        ),
+        first_position=len(prompt),
         stop=order.stop,
-        plan=order.plan,
+        plan=plan,
+    )
+    segmenter = Segmenter(
+        rules.open(prompt) if rules is not None else None,
+        stops=plan is not None and plan.policy == "stop",
     )
     async with aclosing(engine.generate(order.request)) as steps:
         async for step in steps:
             observer.on_step(step)
-            if tokens := monitor.push(step):
-                yield _piece(tokens)
-            if monitor.finish_reason is not None:
+            for piece in segmenter.push(monitor.push(step)):
+                yield piece
+            if monitor.finish_reason is not None or segmenter.is_stopped:
                 break
-    rest = monitor.finish()
-    shown = max((i + 1 for i, token in enumerate(rest) if token.text), default=0)
-    if shown:
-        yield _piece(rest[:shown])
-    assert monitor.finish_reason is not None
+    rest: tuple[Token, ...] = ()
+    if not segmenter.is_stopped:
+        pieces, rest = segmenter.finish(monitor.finish())
+        for piece in pieces:
+            yield piece
+    finish_reason: Ended | None = monitor.finish_reason
+    if segmenter.is_stopped:
+        finish_reason = "content_filter"
+    elif finish_reason == "stop" and segmenter.has_calls and not order.is_call_named:
+        finish_reason = "tool_calls"
+    assert finish_reason is not None
     ending = Ending(
-        monitor.finish_reason,
-        tuple(rest[shown:]),
-        len(monitor.tokens),
-        summarise(order.plan, monitor.tokens) if order.plan is not None else None,
+        finish_reason,
+        rest,
+        len(segmenter.tokens),
+        summarise(plan, segmenter.tokens) if plan is not None else None,
     )
-    observer.on_attempt(ending.risk, monitor.tokens)
-    if ending.finish_reason == "content_filter":
+    observer.on_attempt(ending.risk, segmenter.tokens)
+    if segmenter.is_stopped:
         observer.on_action("stopped")
     yield ending
 
@@ -107,16 +123,18 @@ async def _at_once(
 async def _withhold(
     engine: Engine, order: Order, observer: Observer
 ) -> AsyncGenerator[Piece | Ending, None]:
-    piece, ending = await _complete(engine, order, observer)
+    pieces, ending = await _complete(engine, order, observer)
     if ending.risk is not None and ending.risk.is_flagged:
         observer.on_action("withheld")
-        tokens = tuple(_without_text(token) for token in (*piece.tokens, *ending.tokens))
+        written = [token for piece in pieces for token in piece.tokens]
+        tokens = tuple(_without_text(token) for token in (*written, *ending.tokens))
         yield Piece(WITHHELD, tokens)
         yield ending._replace(
             finish_reason="content_filter", tokens=(), risk=replace(ending.risk, spans=())
         )
         return
-    yield piece
+    for piece in pieces:
+        yield piece
     yield ending
 
 
@@ -125,32 +143,29 @@ async def _retry(
 ) -> AsyncGenerator[Piece | Ending, None]:
     """The first attempt runs without suppression: its risk is calibrated."""
     assert order.plan is not None
-    piece, ending = await _complete(engine, _with_alpha(order, 1.0), observer)
+    pieces, ending = await _complete(engine, _with_alpha(order, 1.0), observer)
     assert ending.risk is not None
     attempts = [_attempt(ending.risk)]
     if ending.risk.is_flagged:
         observer.on_action("retried")
         alpha = 0.0 if order.plan.alpha == 1 else order.plan.alpha
-        piece, ending = await _complete(engine, _with_alpha(order, alpha), observer)
+        pieces, ending = await _complete(engine, _with_alpha(order, alpha), observer)
         assert ending.risk is not None
         attempts.append(_attempt(ending.risk))
-    yield piece
+    for piece in pieces:
+        yield piece
     assert ending.risk is not None
     yield ending._replace(risk=replace(ending.risk, attempts=tuple(attempts)))
 
 
-async def _complete(engine: Engine, order: Order, observer: Observer) -> tuple[Piece, Ending]:
-    tokens: list[Token] = []
+async def _complete(engine: Engine, order: Order, observer: Observer) -> tuple[list[Piece], Ending]:
+    pieces: list[Piece] = []
     async with aclosing(_at_once(engine, order, observer)) as events:
         async for event in events:
             if isinstance(event, Ending):
-                return _piece(tokens), event
-            tokens += event.tokens
+                return joined(pieces), event
+            pieces.append(event)
     raise AssertionError("a stream of pieces always ends with an Ending")
-
-
-def _piece(tokens: list[Token]) -> Piece:
-    return Piece("".join(token.text for token in tokens), tuple(tokens))
 
 
 def _with_alpha(order: Order, alpha: float) -> Order:
@@ -164,7 +179,9 @@ def _with_alpha(order: Order, alpha: float) -> Order:
 
 def _without_text(token: Token) -> Token:
     """The risk alone: an id or a log-probability would give the text away."""
-    return token._replace(token_id=None, text="", start=0, end=0, logprobs=None)
+    return token._replace(
+        token_id=None, text="", start=0, end=0, logprobs=None, segment="content", call=None
+    )
 
 
 def _attempt(risk: RiskSummary) -> Attempt:

@@ -13,6 +13,7 @@ from server.answer_record import AnswerRecord, Recorder
 from server.detokenizer import TokenNames
 from server.engines.base import Engine
 from server.metrics import Metrics
+from server.parsing import Parsers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class Service:
     created: int  # Unix seconds, when the model was loaded
     suppression: bool = True  # requests may set alpha
     risk_by_default: bool = False  # a request without `risk` gets it
+    parsers: Parsers | None = None  # of chats: what of an answer is reasoning or a tool call
     default_max_tokens: int = 1024  # when a request sets none; never more than the context holds
     max_total_tokens: int = 65_536  # n * max_tokens of one request
     keep_alive_seconds: float = 15.0  # a silent stream sends a comment this often

@@ -68,6 +68,17 @@ class Settings(BaseSettings):
         "", description="for `--engine vllm`: any of its own arguments, in one string"
     )
 
+    reasoning_parser: str | None = Field(
+        None,
+        description="what of a chat answer is reasoning, in vLLM's words (`deepseek_r1`, `qwen3`, "
+        "..); engines other than vllm know `deepseek_r1`",
+    )
+    tool_call_parser: str | None = Field(
+        None,
+        description="serve tools, and find their calls in vLLM's words (`hermes`, `llama3_json`, "
+        "..); engines other than vllm know `hermes`",
+    )
+
     probe: Words = Field(
         (),
         description="probe by shipped name, folder or `org/name@COMMIT`, repeatable, the first is "

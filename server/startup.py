@@ -19,9 +19,11 @@ from probes.probe import Probe
 from server.answer_record import Recorder
 from server.audit import AuditLog
 from server.auth import hash_keys, read_key_hashes
-from server.engines.base import Engine
+from server.engines.base import Engine, ParsingEngine
 from server.hub import fetch_probe, is_pinned
 from server.metrics import Metrics
+from server.parsing import Parsers
+from server.plain_parsers import plain_parsers
 from server.service import Service
 from server.settings import BadSettingsError, Secrets, Settings
 
@@ -122,7 +124,13 @@ def _load_checkpoint(settings: Settings, model: Model, probes: Sequence[Probe]) 
     if settings.engine == "vllm":
         from server.engines.vllm.loader import load_vllm_engine
 
-        return load_vllm_engine(model.source, vllm_args=settings.vllm_args, **common)
+        return load_vllm_engine(
+            model.source,
+            reasoning_parser=settings.reasoning_parser,
+            tool_call_parser=settings.tool_call_parser,
+            vllm_args=settings.vllm_args,
+            **common,
+        )
     from server.engines.loader import load_transformers_engine
 
     device = None if settings.device == "auto" else settings.device
@@ -144,9 +152,20 @@ def make_service(settings: Settings, engine: Engine, model: Model) -> Service:
         created=int(time.time()),
         suppression=settings.suppression,
         risk_by_default=settings.risk_by_default,
+        parsers=find_parsers(settings, engine),
         recorders=tuple(_recorders(settings, metrics)),
         keeps_text=settings.audit_text,
     )
+
+
+def find_parsers(settings: Settings, engine: Engine) -> Parsers | None:
+    """The engine's own, else a plain one; None when no parser was named."""
+    reasoning, tool_call = settings.reasoning_parser, settings.tool_call_parser
+    if reasoning is None and tool_call is None:
+        return None
+    if isinstance(engine, ParsingEngine):
+        return engine.parsers
+    return plain_parsers(engine.tokenizer, reasoning=reasoning, tool_call=tool_call)
 
 
 def _recorders(settings: Settings, metrics: Metrics) -> Iterator[Recorder]:

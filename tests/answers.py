@@ -23,10 +23,25 @@ def joined(chunks):
         (choice,) = chunk["choices"]
         whole = choices.setdefault(
             choice["index"],
-            {"text": "", "tokens": [], "logprobs": [], "ids": [], "risk": None, "finish": None},
+            {
+                "text": "",
+                "reasoning": "",
+                "calls": [],
+                "tokens": [],
+                "logprobs": [],
+                "ids": [],
+                "risk": None,
+                "finish": None,
+            },
         )
         assert whole["finish"] is None, "I8: nothing comes after the terminal event of a choice"
         whole["text"] += choice["delta"].get("content", "")
+        whole["reasoning"] += choice["delta"].get("reasoning", "")
+        for call in choice["delta"].get("tool_calls", []):
+            if "id" in call:
+                assert call["index"] == len(whole["calls"])
+                whole["calls"].append([call["function"]["name"], ""])
+            whole["calls"][call["index"]][1] += call["function"]["arguments"]
         risk = choice.get("risk")
         if risk is not None:
             whole["tokens"] += risk["tokens"]
@@ -48,7 +63,12 @@ def flattened(answer):
     for i, choice in enumerate(answer["choices"]):
         assert choice["index"] == i
         flat = {
-            "text": choice["message"]["content"],
+            "text": choice["message"]["content"] or "",
+            "reasoning": choice["message"].get("reasoning") or "",
+            "calls": [
+                [call["function"]["name"], call["function"]["arguments"]]
+                for call in choice["message"].get("tool_calls", [])
+            ],
             "logprobs": (choice["logprobs"] or {"content": []})["content"],
             "ids": choice.get("token_ids", []),
             "risk": choice.get("risk"),
@@ -56,6 +76,11 @@ def flattened(answer):
         }
         choices.append(flat if flat["risk"] is not None else {**flat, "tokens": []})
     return choices, answer["usage"]
+
+
+def field_of(entry):
+    """The field that the offsets of a token or a span point into."""
+    return entry["segment"], entry.get("tool_call_index")
 
 
 def check_choice(choice):
@@ -71,24 +96,28 @@ def check_choice(choice):
         assert all(token["token"] == "" and token["token_id"] is None for token in tokens)
         assert choice["logprobs"] == choice["ids"] == risk["spans"] == []
         return
-    assert "".join(token["token"] for token in tokens) == text
-    end = 0
+    fields = {("content", None): text, ("reasoning", None): choice["reasoning"]}
+    fields |= {("tool_call", i): arguments for i, (_, arguments) in enumerate(choice["calls"])}
+    ends = dict.fromkeys(fields, 0)
     for token in tokens:
-        assert token["start"] == end, "I10: no gap, no repetition"
-        end = token["end"]
-        assert text[token["start"] : end] == token["token"]
-    assert end == len(text)
-    visible = [token for token in tokens if token["token"]]
+        field, start, end = field_of(token), token["start"], token["end"]
+        assert start == ends[field], "I10: no gap, no repetition"
+        assert fields[field][start:end] == token["token"]
+        ends[field] = end
+    assert ends == {field: len(shown) for field, shown in fields.items()}
+    visible = [token for token in tokens if token["token"] and token["segment"] != "reasoning"]
     scored = [token for token in visible if token["risk"] is not None]
     assert risk["status"] == (
         "unavailable" if not scored else "scored" if len(scored) == len(visible) else "partial"
     )
     assert (risk["score"] is None) == (risk["flagged"] is None) == (not scored)
     assert (risk["reason"] is None) == (risk["status"] == "scored")
-    flagged = [t["token"] for t in scored if t["risk"] >= risk["token_threshold"]]
+    flagged = [
+        t["token"] for t in tokens if t["token"] and (t["risk"] or -1) >= risk["token_threshold"]
+    ]
     assert "".join(span["text"] for span in risk["spans"]) == "".join(flagged)
     for span in risk["spans"]:
-        assert text[span["start"] : span["end"]] == span["text"]
+        assert fields[field_of(span)][span["start"] : span["end"]] == span["text"]
         assert span["risk"] >= risk["token_threshold"] - 1e-12
     assert risk["calibrated"] == (risk["alpha"] == 1)
     if choice["logprobs"]:

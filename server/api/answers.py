@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field
 
 Probability: TypeAlias = float
+Segment: TypeAlias = Literal["reasoning", "content", "tool_call"]
 Responses: TypeAlias = dict[int | str, dict[str, Any]]
 
 
@@ -47,17 +48,20 @@ class RiskToken(_Answer):
     start: int = Field(description="Code points of the visible text, half-open.")
     end: int
     risk: Probability | None = Field(ge=0, le=1, description="Calibrated, higher is worse.")
-    segment: Literal["content"]
+    segment: Segment = Field(description="Field of the message that start and end point into.")
+    tool_call_index: int | None = Field(None, description="The call whose arguments those are.")
     contributors: list[Contributor] | None = None
 
 
 class RiskSpan(_Answer):
-    """A run of flagged tokens."""
+    """A run of flagged tokens of one field."""
 
     start: int
     end: int
     text: str
     risk: Probability = Field(ge=0, le=1)
+    segment: Segment
+    tool_call_index: int | None = None
 
 
 class RiskAttempt(_Answer):
@@ -125,18 +129,47 @@ class Usage(_Answer):
     total_tokens: int
 
 
+class CalledFunction(_Answer):
+    name: str
+    arguments: str = Field(description="JSON as the model wrote it")
+
+
+class ToolCall(_Answer):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class FunctionDelta(_Answer):
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallDelta(_Answer):
+    """`id`, `type` and the name come once, with the first piece of a call."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
 class ChatMessage(_Answer):
     role: Literal["assistant"]
-    content: str
+    content: str | None = Field(description="null: all that came is in other fields")
     refusal: None
+    reasoning: str | None = Field(None, description="With a parser only; see --reasoning-parser.")
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatDelta(_Answer):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
-FinishReason: TypeAlias = Literal["stop", "length", "content_filter"]
+FinishReason: TypeAlias = Literal["stop", "length", "content_filter", "tool_calls"]
 
 
 class ChatChoice(_Answer):

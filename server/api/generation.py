@@ -21,7 +21,8 @@ from server.api.sse import DONE, KEEP_ALIVE, ClientGoneError, EventStream, event
 from server.api.token_objects import JSON
 from server.engines.base import EngineOverloadedError, Step
 from server.monitor import RiskSummary, Token
-from server.policy import Ending, Observer, Order, Piece, answer
+from server.policy import Ending, Observer, Order, answer
+from server.segments import Piece
 from server.service import Service
 
 
@@ -116,17 +117,14 @@ class _Run:
 
     async def whole(self) -> JSON:
         """The answer in one object."""
-        tokens: list[list[Token]] = [[] for _ in self._orders]
-        texts: list[list[str]] = [[] for _ in self._orders]
+        pieces: list[list[Piece]] = [[] for _ in self._orders]
         async with aclosing(self._events(silence=None)) as events:
             async for batch in events:
                 for i, item in batch:
                     if isinstance(item, Piece):
-                        texts[i].append(item.text)
-                        tokens[i] += item.tokens
+                        pieces[i].append(item)
         choices = [
-            self._writer.choice(i, Piece("".join(texts[i]), tuple(tokens[i])), self._endings[i])
-            for i in range(len(self._orders))
+            self._writer.choice(i, pieces[i], self._endings[i]) for i in range(len(self._orders))
         ]
         return self._writer.body(choices, usage=self._usage())
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from server.api.token_objects import JSON, chat_logprobs, risk_entries, risk_summary, text_logprobs
 from server.detokenizer import TokenNames
 from server.monitor import Token
-from server.policy import Ending, Order, Piece
+from server.parsing import Segment, ToolCall
+from server.policy import Ending, Order
+from server.segments import Piece
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +37,16 @@ class Writer:
             body["prompt_token_ids"] = self.orders[0].request.prompt_token_ids
         return body | {"system_fingerprint": self.system_fingerprint, "usage": usage}
 
-    def choice(self, index: int, piece: Piece, ending: Ending) -> JSON:
-        """One choice of the whole answer; `piece` is all that went before the ending."""
-        tokens = (*piece.tokens, *ending.tokens)
-        message = {"role": "assistant", "content": piece.text, "refusal": None}
+    def choice(self, index: int, pieces: Sequence[Piece], ending: Ending) -> JSON:
+        """One choice of the whole answer; `pieces` is all that went before the ending."""
+        tokens = (*(token for piece in pieces for token in piece.tokens), *ending.tokens)
         choice: JSON = {
             "index": index,
-            **({"message": message} if self.is_chat else {"text": piece.text}),
+            **(
+                {"message": self._message(index, pieces)}
+                if self.is_chat
+                else {"text": _text(pieces, "content")}
+            ),
             "finish_reason": ending.finish_reason,
             **self._of_tokens(index, tokens),
         }
@@ -68,7 +73,7 @@ class Writer:
         """The chunk of one piece of text, with the entries of the tokens that carry it."""
         choice: JSON = {
             "index": index,
-            **({"delta": {"content": piece.text}} if self.is_chat else {"text": piece.text}),
+            **({"delta": _delta(piece)} if self.is_chat else {"text": piece.text}),
             "finish_reason": None,
             **self._of_tokens(index, piece.tokens),
         }
@@ -92,6 +97,25 @@ class Writer:
     def usage(self, usage: JSON) -> JSON:
         """The chunk without choices that `stream_options.include_usage` asks for."""
         return self._object(self._chunk_name, []) | {"usage": usage}
+
+    def _message(self, index: int, pieces: Sequence[Piece]) -> JSON:
+        content = _text(pieces, "content")
+        if self.orders[index].rules is None:
+            return {"role": "assistant", "content": content, "refusal": None}
+        message: JSON = {
+            "role": "assistant",
+            "content": content or None,
+            "refusal": None,
+            "reasoning": _text(pieces, "reasoning") or None,
+        }
+        calls = [
+            _opening(piece.opens, _text(pieces, "tool_call", piece.call))
+            for piece in pieces
+            if piece.opens is not None
+        ]
+        if calls:
+            message["tool_calls"] = calls
+        return message
 
     @property
     def _chunk_name(self) -> str:
@@ -120,6 +144,24 @@ class Writer:
             return {"logprobs": logprobs}
         ids = [token.token_id for token in tokens if token.token_id is not None]
         return {"logprobs": logprobs, "token_ids": ids}
+
+
+def _text(pieces: Sequence[Piece], segment: Segment, call: int | None = None) -> str:
+    return "".join(piece.text for piece in pieces if piece.field == (segment, call))
+
+
+def _delta(piece: Piece) -> JSON:
+    """What a piece adds to the message."""
+    if piece.segment != "tool_call":
+        return {piece.segment: piece.text}
+    if piece.opens is not None:
+        return {"tool_calls": [{"index": piece.call, **_opening(piece.opens, piece.text)}]}
+    return {"tool_calls": [{"index": piece.call, "function": {"arguments": piece.text}}]}
+
+
+def _opening(call: ToolCall, arguments: str) -> JSON:
+    function = {"name": call.function, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def usage(*, prompt_tokens: int, completion_tokens: int) -> JSON:

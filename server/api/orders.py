@@ -5,31 +5,23 @@ Checks what the schema cannot know: names of models and probes, the vocabulary, 
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
-
-from jinja2 import TemplateError
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from probes.probe import Probe
 from server.api.errors import APIError
+from server.api.formats import answer_grammar, answer_rules, tool_use
+from server.api.prompts import chat_prompt, encode_prompt
 from server.api.schemas import (
     ChatRequest,
     CompletionRequest,
-    Message,
     Risk,
     RiskOptions,
 )
-from server.engines.base import GenerationRequest, Sampling
+from server.engines.base import GenerationRequest, Grammar, Sampling
 from server.monitor import RiskPlan
 from server.policy import Order
 from server.service import Service
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-_T = TypeVar("_T")
-_INLINE_CHARACTERS = 16_384  # longer texts are tokenised on a thread, off the event loop
 
 
 async def chat_orders(
@@ -38,12 +30,18 @@ async def chat_orders(
     """One order per choice; APIError names the field that cannot be served."""
     check_model(service, body.model)
     plan = risk_plan(service, body.risk)
-    prompt = await chat_prompt(service, body.messages)
+    tools = tool_use(service, body)
+    rules = answer_rules(service, tools)
+    grammar = await answer_grammar(service, body, tools, rules)
+    prompt = await chat_prompt(service, body.messages, tools)
     limit = body.max_completion_tokens or body.max_tokens
     max_tokens = _max_tokens(service, prompt, limit, param="messages")
     _check_budget(service, choices=body.n or 1, max_tokens=max_tokens)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return _orders(service, body, plan, [prompt], [max_tokens], logprobs, request_id, tenant)
+    sampling = _sampling(service, body, logprobs=logprobs, grammar=grammar)
+    orders = _orders(body, plan, [prompt], [max_tokens], sampling, request_id, tenant)
+    is_named = tools is not None and tools.function is not None
+    return [replace(order, rules=rules, is_call_named=is_named) for order in orders]
 
 
 async def completion_orders(
@@ -55,7 +53,8 @@ async def completion_orders(
     prompts = [await _prompt(service, prompt) for prompt in _prompts(body)]
     limits = [_max_tokens(service, prompt, body.max_tokens, param="prompt") for prompt in prompts]
     _check_budget(service, choices=len(prompts) * (body.n or 1), max_tokens=max(limits))
-    return _orders(service, body, plan, prompts, limits, body.logprobs, request_id, tenant)
+    sampling = _sampling(service, body, logprobs=body.logprobs)
+    return _orders(body, plan, prompts, limits, sampling, request_id, tenant)
 
 
 def check_model(service: Service, name: str) -> None:
@@ -95,57 +94,6 @@ def risk_plan(service: Service, risk: Risk | None) -> RiskPlan | None:
     )
 
 
-async def chat_prompt(service: Service, messages: Sequence[Message]) -> tuple[int, ...]:
-    """The conversation in the model's own template, up to where its answer begins."""
-    tokenizer = service.engine.tokenizer
-    if tokenizer.chat_template is None:
-        raise APIError(400, "this model has no chat template; use /v1/completions")
-    turns = [_turn(message) for message in messages]
-    length = sum(len(message.text) for message in messages)
-    try:
-        text = await _aside(length, lambda: _render(tokenizer, turns))
-    except TemplateError as error:
-        # The sentence is the template author's; it tells which order of roles the model takes.
-        raise APIError(
-            400,
-            f"the model's chat template refuses these messages: {error.message or 'no reason'}",
-            param="messages",
-            code="chat_template_error",
-        ) from error
-    return await _encode(service, text, special_tokens=False)
-
-
-async def encode_prompt(service: Service, text: str) -> tuple[int, ...]:
-    """A plain prompt, begun as the model begins a text; at least one token."""
-    ids = await _encode(service, text, special_tokens=True)
-    if not ids:
-        raise APIError(400, "the prompt is empty", param="prompt", code="invalid_value")
-    return ids
-
-
-async def encode_with_spans(service: Service, text: str) -> list[tuple[int, int, int]]:
-    """(token id, start, end) of a text without special tokens; offsets are code points of `text`.
-
-    As in generation, the characters of a split one belong to the token that completes it.
-    """
-    tokenizer = service.engine.tokenizer
-    encoding = await _aside(
-        len(text),
-        lambda: tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        ),
-    )
-    ends = [end for _, end in encoding["offset_mapping"]]
-    spans: list[tuple[int, int, int]] = []
-    start = 0
-    for i, token_id in enumerate(encoding["input_ids"]):
-        following = encoding["offset_mapping"][i + 1][0] if i + 1 < len(ends) else len(text)
-        end = max(start, min(ends[i], following))
-        spans.append((token_id, start, end))
-        start = end
-    return spans
-
-
 def check_token_ids(service: Service, ids: Sequence[int], *, param: str) -> None:
     if max(ids) >= service.engine.card.vocab_size:
         raise APIError(
@@ -169,12 +117,11 @@ def check_context(service: Service, tokens: int, *, param: str) -> None:
 
 
 def _orders(
-    service: Service,
     body: ChatRequest | CompletionRequest,
     plan: RiskPlan | None,
     prompts: Sequence[tuple[int, ...]],
     limits: Sequence[int],
-    logprobs: int | None,
+    sampling: Sampling,
     request_id: str,
     tenant: int,
 ) -> list[Order]:
@@ -185,7 +132,7 @@ def _orders(
                 request_id=f"{request_id}-{len(orders)}",
                 prompt_token_ids=prompt,
                 max_tokens=max_tokens,
-                sampling=_sampling(service, body, logprobs=logprobs, choice=len(orders)),
+                sampling=_of_choice(sampling, len(orders)),
                 probe=plan.probe.id if plan else None,
                 read_last=plan is not None and plan.probe.card.position == "read",
                 alpha=plan.alpha if plan else 1.0,
@@ -196,8 +143,17 @@ def _orders(
     return orders
 
 
+def _of_choice(sampling: Sampling, choice: int) -> Sampling:
+    """Choices of one request differ by their seeds alone."""
+    return replace(sampling, seed=None if sampling.seed is None else sampling.seed + choice)
+
+
 def _sampling(
-    service: Service, body: ChatRequest | CompletionRequest, *, logprobs: int | None, choice: int
+    service: Service,
+    body: ChatRequest | CompletionRequest,
+    *,
+    logprobs: int | None,
+    grammar: Grammar | None = None,
 ) -> Sampling:
     """OpenAI's defaults: temperature 1, top_p 1, no penalties."""
     return Sampling(
@@ -205,13 +161,14 @@ def _sampling(
         top_p=_or(body.top_p, 1.0),
         top_k=max(body.top_k or 0, 0),
         min_p=_or(body.min_p, 0.0),
-        seed=None if body.seed is None else body.seed + choice,
+        seed=body.seed,
         presence_penalty=_or(body.presence_penalty, 0.0),
         frequency_penalty=_or(body.frequency_penalty, 0.0),
         repetition_penalty=_or(body.repetition_penalty, 1.0),
         logit_bias=_logit_bias(service, body.logit_bias or {}),
         logprobs=logprobs,
         ignore_eos=bool(body.ignore_eos),
+        grammar=grammar,
     )
 
 
@@ -248,18 +205,6 @@ def _check_suppression(service: Service, probe: Probe, options: RiskOptions) -> 
         raise APIError(400, "this server runs without suppression: alpha is 1", param=param)
     if not probe.suppress.any():
         raise APIError(400, "this probe has no neurons to suppress: alpha is 1", param=param)
-
-
-def _turn(message: Message) -> dict[str, str]:
-    role = "system" if message.role == "developer" else message.role
-    name = {"name": message.name} if message.name is not None else {}
-    return {"role": role, "content": message.text, **name}
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> str:
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert isinstance(text, str)
-    return text
 
 
 def _prompts(body: CompletionRequest) -> Sequence[str | list[int]]:
@@ -299,16 +244,3 @@ def _check_budget(service: Service, *, choices: int, max_tokens: int) -> None:
             param="max_tokens",
             code="invalid_value",
         )
-
-
-async def _encode(service: Service, text: str, *, special_tokens: bool) -> tuple[int, ...]:
-    tokenizer = service.engine.tokenizer
-    return await _aside(
-        len(text),
-        lambda: tuple(tokenizer(text, add_special_tokens=special_tokens, verbose=False).input_ids),
-    )
-
-
-async def _aside(length: int, work: Callable[[], _T]) -> _T:
-    """Long texts on a thread: megabytes would stop the event loop for seconds."""
-    return await asyncio.to_thread(work) if length > _INLINE_CHARACTERS else work()

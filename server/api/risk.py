@@ -16,15 +16,8 @@ from server.answer_record import AnswerRecord, ChoiceRecord
 from server.api.answers import ScoredText, documented
 from server.api.errors import APIError, to_api_error
 from server.api.generation import new_id, origin_of, record_of, tenant_of
-from server.api.orders import (
-    chat_prompt,
-    check_context,
-    check_model,
-    check_token_ids,
-    encode_prompt,
-    encode_with_spans,
-    risk_plan,
-)
+from server.api.orders import check_context, check_model, check_token_ids, risk_plan
+from server.api.prompts import chat_prompt, encode_prompt, encode_with_spans
 from server.api.schemas import ScoreTextRequest
 from server.api.sse import ClientGoneError, unless_gone
 from server.api.token_objects import risk_summary

@@ -7,7 +7,7 @@ Bounds that depend on the model (vocabulary, context) are checked in `server/api
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -23,7 +23,9 @@ MAX_CHOICES = 8
 MAX_PROMPTS = 64
 MAX_STOP_STRINGS = 4
 MAX_LOGPROBS = 20
+MAX_TOOLS = 128
 _MAX_TOKEN_ID = 2**31 - 1
+_T = TypeVar("_T")
 
 ShortText: TypeAlias = Annotated[str, StringConstraints(max_length=512)]
 StopString: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=256)]
@@ -66,6 +68,62 @@ class StreamOptions(_Strict):
 
 class TextFormat(_Strict):
     type: Literal["text"]
+
+
+class JSONObjectFormat(_Strict):
+    type: Literal["json_object"]
+
+
+class NamedSchema(_Strict):
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    schema_: dict[str, Any] = Field(alias="schema", description="JSON Schema of the answer.")
+    description: str | None = None
+    strict: bool | None = Field(None, description="The schema is kept in any case.")
+
+
+class JSONSchemaFormat(_Strict):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat: TypeAlias = Annotated[
+    TextFormat | JSONObjectFormat | JSONSchemaFormat, Field(discriminator="type")
+]
+
+
+FunctionName: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+
+
+class Function(_Strict):
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="JSON Schema of the arguments.")
+    strict: bool | None = Field(None, description="Hold calls of it to the schema.")
+
+
+class Tool(_Strict):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionChoice(_Strict):
+    name: FunctionName
+
+
+class NamedToolChoice(_Strict):
+    type: Literal["function"]
+    function: FunctionChoice
+
+
+class CalledFunction(_Strict):
+    name: FunctionName
+    arguments: str
+
+
+class ToolCall(_Strict):
+    id: ShortText
+    type: Literal["function"]
+    function: CalledFunction
 
 
 class _Generation(_Strict):
@@ -117,21 +175,43 @@ class TextPart(_Strict):
 
 
 class Message(_Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=1024)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=1024)] | None
     name: Annotated[str, StringConstraints(max_length=64)] | None = None
+    reasoning: str | None = Field(None, description="Of an answer that is sent back.")
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: ShortText | None = Field(None, description="Of `tool`: whose result this is.")
     # An assistant message that a client sends back as it came: these must be empty.
     refusal: None = None
     audio: None = None
     function_call: None = None
-    tool_calls: Annotated[list[object], Field(max_length=0)] | None = None
     annotations: Annotated[list[object], Field(max_length=0)] | None = None
 
     @property
     def text(self) -> str:
         if isinstance(self.content, str):
             return self.content
-        return "".join(part.text for part in self.content)
+        return "".join(part.text for part in self.content or ())
+
+    @field_validator("content")
+    @classmethod
+    def _null_in_answers_only(cls, value: _T, info: ValidationInfo) -> _T:
+        if value is None and info.data.get("role") != "assistant":
+            raise ValueError("must not be null")
+        return value
+
+    @field_validator("reasoning", "tool_calls")
+    @classmethod
+    def _in_answers_only(cls, value: _T, info: ValidationInfo) -> _T:
+        if value is not None and info.data.get("role") != "assistant":
+            raise ValueError("belongs to assistant messages")
+        return value
+
+    @model_validator(mode="after")
+    def _names_its_call(self) -> Self:
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise ValueError("tool_call_id belongs to tool messages, and to each of them")
+        return self
 
 
 Messages: TypeAlias = Annotated[list[Message], Field(min_length=1, max_length=1024)]
@@ -144,7 +224,10 @@ class ChatRequest(_Generation):
     max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_TOKEN_ID)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    response_format: TextFormat | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     @field_validator("top_logprobs")
     @classmethod

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from server.detokenizer import TokenNames
 from server.engines.base import RequestFailedError
 from server.monitor import RiskPlan, RiskSummary, Token
+from server.parsing import Segment
 
 JSON: TypeAlias = dict[str, Any]
 _LOWEST_LOGPROB = -9999.0  # what vLLM writes for minus infinity
@@ -31,7 +32,7 @@ def risk_entries(tokens: Sequence[Token], plan: RiskPlan) -> list[JSON]:
             "start": token.start,
             "end": token.end,
             "risk": token.risk,
-            "segment": "content",
+            **_place(token.segment, token.call),
         }
         if plan.contributors:
             entry["contributors"] = [share._asdict() for share in token.contributions]
@@ -55,7 +56,16 @@ def risk_summary(risk: RiskSummary, tokens: Sequence[Token]) -> JSON:
         "alpha": plan.alpha,
         "calibrated": plan.is_calibrated,
         "policy": plan.policy,
-        "spans": [span._asdict() for span in risk.spans],
+        "spans": [
+            {
+                "start": span.start,
+                "end": span.end,
+                "text": span.text,
+                "risk": span.risk,
+                **_place(span.segment, span.call),
+            }
+            for span in risk.spans
+        ],
         "unscored": risk.unscored,
         "tokens": risk_entries(tokens, plan),
     }
@@ -70,6 +80,11 @@ def risk_summary(risk: RiskSummary, tokens: Sequence[Token]) -> JSON:
             for number, attempt in enumerate(risk.attempts, start=1)
         ]
     return summary
+
+
+def _place(segment: Segment, call: int | None) -> JSON:
+    """The field that offsets point into."""
+    return {"segment": segment} if call is None else {"segment": segment, "tool_call_index": call}
 
 
 def chat_logprobs(tokens: Sequence[Token], names: TokenNames, *, with_risk: bool) -> JSON | None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from probes.card import ModelIdentity
     from probes.probe import Probe
+    from server.parsing import Parsers
 
 
 class EngineError(HNeuronsError):
@@ -92,6 +93,17 @@ class Step(NamedTuple):
     finish_reason: FinishReason | None = None
 
 
+class Grammar(NamedTuple):
+    """What the written text is held to, token by token.
+
+    json            `text` is a JSON Schema: the whole answer is JSON of it
+    structural_tag  `text` is XGrammar's description of free text with tagged JSON in it
+    """
+
+    kind: Literal["json", "structural_tag"]
+    text: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the next token is chosen. Defaults are neutral; the wire's defaults are made above."""
@@ -107,6 +119,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None  # None: no logprobs; k: the written token and the k best
     ignore_eos: bool = False  # for load tests
+    grammar: Grammar | None = None  # only a GuidedEngine can be held to one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +228,28 @@ class ReloadingEngine(Engine, Protocol):
 
     async def detach(self) -> None:
         """Read only what is offered; no open request names another probe."""
+        ...
+
+
+@runtime_checkable
+class GuidedEngine(Engine, Protocol):
+    """An engine that can be held to a grammar: it obeys `Sampling.grammar`."""
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        """ValueError, with the reason, when the engine cannot be held to this.
+
+        Takes no engine time, but milliseconds of computation; may be called on any thread.
+        """
+        ...
+
+
+@runtime_checkable
+class ParsingEngine(Engine, Protocol):
+    """An engine that comes with parsers of its own."""
+
+    @property
+    def parsers(self) -> Parsers | None:
+        """Those that it was made with."""
         ...
 
 

@@ -112,6 +112,8 @@ class TransformersEngine:
         """See `Engine.generate`. The request is queued when the first step is awaited."""
         if request.max_tokens < 1:
             raise ValueError(f"max_tokens must be 1 or more, not {request.max_tokens}")
+        if request.sampling.grammar is not None:
+            raise ValueError("this engine cannot be held to a grammar: it must be None")
         self._check(request.prompt_token_ids, more=request.max_tokens)
         stream = self._submit(request)
         try:

@@ -7,6 +7,7 @@ import { el } from "./dom.js";
 import { flaggedRuns, level } from "./spans.js";
 import { brief, exact, failure, percent, plural, visible, whyNotScored } from "./words.js";
 
+const isShown = ({ segment }) => segment === "content";
 const ENDINGS = {
   stop: "ended by itself",
   length: "cut at max tokens",
@@ -93,7 +94,7 @@ export class Column {
         if (!choices.length) continue; // a chunk that only carries usage
         const [choice] = choices;
         this.push(choice.delta.content ?? "", choice.risk);
-        this.#state.textContent = "writing";
+        this.#state.textContent = choice.delta.reasoning ? "reasoning" : "writing";
         ending = choice.finish_reason ?? ending;
       }
       this.end(ENDINGS[ending] ?? ending);
@@ -103,7 +104,8 @@ export class Column {
   }
 
   push(text, risk) {
-    this.#answer.push(text, risk?.tokens ?? []);
+    // Offsets of other segments (reasoning) point into text that is not shown here.
+    this.#answer.push(text, (risk?.tokens ?? []).filter(isShown));
     if (risk && "status" in risk) this.#summary = risk;
     this.#frame ||= requestAnimationFrame(() => this.#draw());
   }
@@ -227,7 +229,9 @@ export class Column {
       const [start, end] = [tokens[first].start, tokens[stop - 1].end];
       // The server pools a span's logits at its own operating point; at another one only the
       // tokens' risks are known here, and those are never averaged.
-      const served = this.#summary?.spans.find((span) => span.start === start && span.end === end);
+      const served = this.#summary?.spans.find(
+        (span) => isShown(span) && span.start === start && span.end === end,
+      );
       const worst = Math.max(...tokens.slice(first, stop).map(({ risk }) => risk));
       const figure = served ? brief(served.risk) : `up to ${brief(worst)}`;
       return el(

@@ -29,7 +29,7 @@ FIELDS = {
     "stream": ["true", 1],
     "stream_options": [{"include_usage": True}, {"other": True}],  # without stream
     "top_logprobs": [21, -1, 5],  # without logprobs
-    "response_format": [{"type": "json_object"}, "text"],
+    "response_format": [{"type": "json_object"}, {"type": "regex"}, "text"],
     "messages": [[], "hi", [{"role": "user"}], [{"role": "tool", "content": "x"}], None],
     "model": [None, 5],
     "risk": ["yes", 1, []],

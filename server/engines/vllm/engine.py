@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import TokensInput, tokens_input
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 from vllm.v1.engine.exceptions import EngineGenerateError
 
@@ -25,6 +25,7 @@ from server.engines.base import (
     EngineDeadError,
     EngineOverloadedError,
     GenerationRequest,
+    Grammar,
     Health,
     Reading,
     RequestFailedError,
@@ -34,6 +35,7 @@ from server.engines.base import (
     TokenLogprobs,
     probe_index,
 )
+from server.engines.vllm.parsers import VllmParsers
 from server.engines.vllm.plan import EXTRA_ARGS_KEY, MeterPlan, Order, salt
 from server.engines.vllm.processes import EngineProcesses
 from server.engines.vllm.tap import Reader, Tap
@@ -56,12 +58,14 @@ class VllmEngine:
         card: EngineCard,
         *,
         plan: MeterPlan | None,
+        parsers: VllmParsers | None,
         max_waiting_requests: int,
         max_waiting_tokens: int,
     ) -> None:
         """`plan` is what the workers read; None exactly when there is no probe."""
         self._llm: AsyncLLM | None = llm  # None once it is closed
         self._tokenizer, self._card, self._plan = tokenizer, card, plan
+        self.parsers = parsers
         self._max_num_seqs: int = llm.vllm_config.scheduler_config.max_num_seqs
         self._max_waiting_requests = max_waiting_requests
         self._max_waiting_tokens = max_waiting_tokens
@@ -134,6 +138,19 @@ class VllmEngine:
         return tuple(
             by_position.get(position, self._unread(order, position)) for position in wanted
         )
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        """See `GuidedEngine.check_grammar`. vLLM's own check, which it repeats at submission."""
+        if self._llm is None:
+            raise EngineDeadError(self._dead)
+        config = self._llm.vllm_config
+        params = SamplingParams(structured_outputs=_structured_outputs(grammar))
+        try:
+            params.verify(
+                config.model_config, None, config.structured_outputs_config, self._llm.tokenizer
+            )
+        except VLLMClientError as error:
+            raise ValueError(str(error)) from error
 
     def health(self) -> Health:
         readers, waiting = self._tap.readers, self._waiting()
@@ -259,6 +276,7 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
             extra_args=None if order is None else {EXTRA_ARGS_KEY: list(order)},
+            structured_outputs=_structured_outputs(sampling.grammar),
             skip_clone=True,
         )
 
@@ -266,6 +284,11 @@ class VllmEngine:
         assert self._plan is not None
         heads = len(self._plan.probes[order.probe].bias)
         return Reading(position, (math.nan,) * heads)
+
+
+def _structured_outputs(grammar: Grammar | None) -> StructuredOutputsParams | None:
+    """The kinds of grammars are vLLM's."""
+    return None if grammar is None else StructuredOutputsParams(**{grammar.kind: grammar.text})
 
 
 def _finish_reason(reason: str) -> Any:

@@ -64,11 +64,15 @@ def load_vllm_engine(
     max_waiting_requests: int = 64,
     max_waiting_tokens: int = 65_536,
     suppression: bool = True,
+    reasoning_parser: str | None = None,
+    tool_call_parser: str | None = None,
     vllm_args: str = "",
 ) -> VllmEngine:
     """Load, check, compile and start the engine's processes. Blocks for a minute or more.
 
-    vllm_args  any of vLLM's engine arguments, as on its command line
+    reasoning_parser, tool_call_parser
+                      vLLM's names of them; grammars begin to hold where the reasoning ends
+    vllm_args         any of vLLM's engine arguments, as on its command line
 
     Raises ModelError, or ProbeMismatchError when a probe belongs to another model.
     """
@@ -78,6 +82,11 @@ def load_vllm_engine(
     check_signatures()
     refuse_unreadable(model_path, revision=revision)
     tokenizer = load_tokenizer(model_path, revision=revision)
+    parsers = None
+    if reasoning_parser is not None or tool_call_parser is not None:
+        from server.engines.vllm.parsers import VllmParsers
+
+        parsers = VllmParsers(tokenizer, reasoning=reasoning_parser, tool_call=tool_call_parser)
     found, ends = _identity_of(model_path, tokenizer, model_id, revision=revision, dtype=dtype)
     match_all(probes, found)
     plan = None
@@ -91,6 +100,8 @@ def load_vllm_engine(
     ours = ["--model", str(model_path), "--dtype", found.dtype, "--max-num-seqs", str(max_num_seqs)]
     if revision is not None:
         ours += ["--revision", revision]
+    if reasoning_parser is not None:
+        ours += ["--reasoning-parser", reasoning_parser]
     if max_model_len is not None:
         ours += ["--max-model-len", str(max_model_len)]
     llm = _start(_engine_arguments([*shlex.split(vllm_args), *ours]), plan)
@@ -111,6 +122,7 @@ def load_vllm_engine(
         tokenizer,
         card,
         plan=plan,
+        parsers=parsers,
         max_waiting_requests=max_waiting_requests,
         max_waiting_tokens=max_waiting_tokens,
     )
@@ -151,7 +163,11 @@ def _start(arguments: AsyncEngineArgs, plan: MeterPlan | None) -> AsyncLLM:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     arguments.generation_config = "vllm"  # sampling defaults are made above the seam
-    arguments.skip_tokenizer_init = True
+    arguments.skip_tokenizer_init = False  # grammars are made of its vocabulary
+    if arguments.structured_outputs_config.backend == "auto":
+        # vLLM keeps the backend of its first constrained request for all: one that knows a keyword
+        # of a schema would check it, and another that does not would leave it out without a word.
+        arguments.structured_outputs_config.backend = "xgrammar"
     arguments.disable_log_stats = True
     arguments.enable_log_requests = False
     arguments.scheduler_cls = SCHEDULER

@@ -221,23 +221,6 @@ def test_a_stop_string_at_the_first_token_leaves_an_empty_answer():
     assert summarise(plan(), watched.tokens).reason == "no_text"
 
 
-def test_the_policy_stop_ends_with_the_first_flagged_token():
-    """The token written in the same pass that read the flagged one is dropped, text and entry."""
-    watched = monitor(risk=plan(policy="stop"))
-    run(watched, written("abcd", readings=[LOW, HIGH, LOW]))
-    assert texts(watched.tokens) == ["a", "b"]
-    assert watched.finish_reason == "content_filter"
-    assert watched.tokens[-1].is_flagged
-
-
-def test_the_policy_stop_does_not_wait_for_a_held_back_stop_string():
-    """Held text must come out when the answer ends."""
-    watched = monitor(stop=["zzzzzzzz"], risk=plan(policy="stop"))
-    outs = run(watched, written("abcd", readings=[LOW, HIGH, LOW]))
-    assert len(outs) == 4  # three steps and the rest
-    assert texts(watched.tokens) == ["a", "b"]
-
-
 def test_a_span_is_the_calibrated_mean_of_its_logits():
     """The mean of two risks is not a probability of anything."""
     watched = monitor(risk=plan())
