@@ -69,7 +69,7 @@ def serve(settings: Settings, *, announce: Callable[[str], None]) -> int:
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     """uvloop where it is installed, as uvicorn would choose: vLLM brings it, and it saves time."""
-    return uvicorn.Config(app="", loop="auto").get_loop_factory()
+    return uvicorn.Config(app="", loop="auto", log_config=None).get_loop_factory()
 
 
 async def _run(

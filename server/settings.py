@@ -102,10 +102,11 @@ class Settings(BaseSettings):
     max_waiting_requests: int = Field(64, ge=0, description="beyond it: 429")
     max_waiting_tokens: int = Field(65_536, ge=0, description="waiting prompt tokens; beyond: 429")
     prefix_cache_tokens: int = Field(
-        4096,
+        0,
         ge=0,
         description="tokens of the latest prompts whose keys and values are kept for prompts that "
-        "begin alike (engine transformers; vLLM has its own)",
+        "begin alike; in bfloat16 these may be answered in other words than when they are read as "
+        "a whole (engine transformers; vLLM has its own)",
     )
 
     host: str = Field("127.0.0.1", description="address to listen on")

@@ -7,6 +7,8 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Generic, TypeVar
 
+READ_AHEAD = 64  # items of a slower consumer, of all streams together; they are held in memory
+
 _T = TypeVar("_T")
 
 
@@ -44,21 +46,26 @@ class _Inbox(Generic[_T]):
 
     def __init__(self) -> None:
         self.has_news = asyncio.Event()
+        self._has_room = asyncio.Event()
         self._items: list[tuple[int, _T]] = []
         self._is_silent = False
 
     def take(self) -> list[tuple[int, _T]]:
         items, self._items = self._items, []
+        self._has_room.set()
         return items
 
     async def read(self, number: int, stream: AsyncGenerator[_T, None]) -> None:
-        """Everything of one stream; reads ahead of a consumer that is slower."""
+        """Everything of one stream, no more than READ_AHEAD items before they are taken."""
         try:
             async with aclosing(stream):
                 async for item in stream:
                     self._items.append((number, item))
                     self._is_silent = False
                     self.has_news.set()
+                    if len(self._items) >= READ_AHEAD:
+                        self._has_room.clear()
+                        await self._has_room.wait()
         finally:
             self.has_news.set()
 

@@ -52,7 +52,7 @@ def load_transformers_engine(
     max_waiting_requests: int = 64,
     max_waiting_tokens: int = 65_536,
     suppression: bool = True,
-    prefix_tokens: int = 4096,
+    prefix_tokens: int = 0,
 ) -> TransformersEngine:
     """Load, check, attach the meter and start the engine's thread. Blocks for seconds.
 

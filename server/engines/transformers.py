@@ -59,7 +59,7 @@ class TransformersEngine:
         max_waiting_requests: int = 64,
         max_waiting_tokens: int = 65_536,
         prefill_tokens: int = 512,
-        prefix_tokens: int = 4096,
+        prefix_tokens: int = 0,
     ) -> None:
         """`meter` is attached to `model` and reads `probes`; None exactly when there are none.
 

@@ -1,4 +1,4 @@
-"""Answers that must be JSON: vLLM holds the model to a grammar, the other engine says that it cannot.
+"""Answers that must be JSON: vLLM holds the model to a grammar, the other says that it cannot.
 
 Neither lets a keyword of a schema go without a word.
 """
@@ -69,7 +69,7 @@ def test_json_cut_by_its_length_is_read_to_the_last_token(holding):
     """The hidden extra step is sampled under the grammar, too, and only its reading counts."""
     (choice,), usage = whole(holding, **{**BOOK, "max_tokens": 4}, risk=True)
     assert choice["finish"] == "length"
-    assert choice["text"].lstrip().startswith('{"')
+    assert choice["text"].lstrip().startswith("{")
     assert len(choice["risk"]["tokens"]) == usage["completion_tokens"] == 4
     assert choice["risk"]["unscored"] == {}
 

@@ -74,10 +74,10 @@ async def wire(start_engine, make_probes, tmp_path_factory) -> AsyncIterator[Wir
 
 @pytest.fixture
 def ending(wire) -> dict[str, Any]:
-    """A request whose reasoning ends at once and whose JSON has no room for blanks."""
+    """A request whose reasoning ends at once and whose JSON has no blanks and no control characters."""
     think_end = wire.engine.tokenizer.convert_tokens_to_ids("</think>")
-    bias = {str(think_end): 100, **{str(blank): -100 for blank in b" \t\r\n"}}
-    return {"temperature": 0, "max_tokens": 300, "risk": True, "logit_bias": bias}
+    bias = {str(think_end): 100, **{str(blank): -100 for blank in range(0x21)}}
+    return {"temperature": 0, "max_tokens": 200, "risk": True, "logit_bias": bias}
 
 
 async def both_ways(wire, **fields: Any) -> Any:

@@ -7,7 +7,7 @@ from contextlib import aclosing
 
 import pytest
 
-from server.api.merge import merge
+from server.api.merge import READ_AHEAD, merge
 
 
 class Stream:
@@ -48,6 +48,24 @@ async def test_what_comes_while_nobody_reads_comes_together():
         for _ in range(10):
             await asyncio.sleep(0)
     assert batches == [["a"], ["b", "c", "d"]]
+
+
+async def test_a_client_that_does_not_read_holds_up_the_work():
+    """R29: otherwise an answer of megabytes waits in memory for nobody."""
+    made = []
+
+    async def endless():
+        while True:
+            made.append(len(made))
+            yield made[-1]
+            await asyncio.sleep(0)
+
+    async with aclosing(merge([endless()], silence=None)) as merged:
+        first = await anext(merged)
+        for _ in range(3 * READ_AHEAD):
+            await asyncio.sleep(0)
+        assert len(made) == len(first) + READ_AHEAD
+        assert len(await anext(merged)) == READ_AHEAD
 
 
 async def test_silence_is_told_and_ends():

@@ -89,7 +89,7 @@ async def make_engine(
     made: list[TransformersEngine] = []
 
     def make(**options: Any) -> TransformersEngine:
-        options = {"probes": tiny_probes, "device": "cpu", **options}
+        options = {"probes": tiny_probes, "device": "cpu", "prefix_tokens": 4096, **options}
         made.append(load_transformers_engine(tiny_folder, model_id="tiny", **options))
         return made[-1]
 
