@@ -74,7 +74,7 @@ async def wire(start_engine, make_probes, tmp_path_factory) -> AsyncIterator[Wir
 
 @pytest.fixture
 def ending(wire) -> dict[str, Any]:
-    """A request whose reasoning ends at once and whose JSON has no blanks and no control characters."""
+    """A request whose reasoning ends at once and whose JSON has neither blanks nor controls."""
     think_end = wire.engine.tokenizer.convert_tokens_to_ids("</think>")
     bias = {str(think_end): 100, **{str(blank): -100 for blank in range(0x21)}}
     return {"temperature": 0, "max_tokens": 200, "risk": True, "logit_bias": bias}
