@@ -29,7 +29,7 @@ class Service:
     parsers: Parsers | None = None  # of chats: what of an answer is reasoning or a tool call
     default_max_tokens: int = 1024  # when a request sets none; never more than the context holds
     max_total_tokens: int = 65_536  # n * max_tokens of one request
-    keep_alive_seconds: float = 15.0  # a silent stream sends a comment this often
+    keep_alive_seconds: float = 15.0  # a stream that was silent so long sends a comment
     clock: Callable[[], float] = time.monotonic
     recorders: tuple[Recorder, ...] = ()  # told of every answer that is over
     keeps_text: bool = False  # records carry the text that went out

@@ -124,3 +124,16 @@ def check_choice(choice):
         assert [entry["risk"] for entry in choice["logprobs"]] == [t["risk"] for t in tokens]
     if choice["ids"]:
         assert choice["ids"] == [token["token_id"] for token in tokens]
+
+
+async def both_ways(wire, text, **fields):
+    """I1, I2: choices that are the same streamed and whole, and account for every token."""
+    answer = await wire.chat(text, **fields)
+    assert answer.status_code == 200, answer.text
+    choices, usage = flattened(answer.json())
+    chunks = await wire.chunks(text, stream_options={"include_usage": True}, **fields)
+    assert (choices, usage) == joined(chunks)
+    assert usage["completion_tokens"] == sum(len(c["risk"]["tokens"]) for c in choices)
+    for choice in choices:
+        check_choice(choice)
+    return choices

@@ -15,24 +15,26 @@ Segment: TypeAlias = Literal["reasoning", "content", "tool_call"]
 Responses: TypeAlias = dict[int | str, dict[str, Any]]
 
 
-class _Answer(BaseModel):
+class AnswerModel(BaseModel):
+    """Exactly these fields, of exactly these types."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class ErrorDetail(_Answer):
+class ErrorDetail(AnswerModel):
     message: str
     type: str
     param: str | None
     code: str | None
 
 
-class ErrorBody(_Answer):
+class ErrorBody(AnswerModel):
     """OpenAI's error object; also the last event of a stream that failed."""
 
     error: ErrorDetail
 
 
-class Contributor(_Answer):
+class Contributor(AnswerModel):
     """Share of one neuron in the token's logit: weight times CETT."""
 
     layer: int
@@ -40,7 +42,7 @@ class Contributor(_Answer):
     value: float
 
 
-class RiskToken(_Answer):
+class RiskToken(AnswerModel):
     """One written token; `risk` null is "not scored", which is never "safe"."""
 
     token: str = Field(description="The visible text it carries; empty for the end of the turn.")
@@ -53,7 +55,7 @@ class RiskToken(_Answer):
     contributors: list[Contributor] | None = None
 
 
-class RiskSpan(_Answer):
+class RiskSpan(AnswerModel):
     """A run of flagged tokens of one field."""
 
     start: int
@@ -64,7 +66,7 @@ class RiskSpan(_Answer):
     tool_call_index: int | None = None
 
 
-class RiskAttempt(_Answer):
+class RiskAttempt(AnswerModel):
     """One generation under the policy `retry`."""
 
     alpha: float
@@ -73,13 +75,13 @@ class RiskAttempt(_Answer):
     returned: bool
 
 
-class RiskTokens(_Answer):
+class RiskTokens(AnswerModel):
     """`choices[].risk` of a chunk that carries text."""
 
     tokens: list[RiskToken]
 
 
-class RiskReport(_Answer):
+class RiskReport(AnswerModel):
     """`choices[].risk` of a whole choice; in a stream it rides on the chunk with finish_reason."""
 
     status: Literal["scored", "partial", "unavailable"]
@@ -100,7 +102,7 @@ class RiskReport(_Answer):
     attempts: list[RiskAttempt] | None = None
 
 
-class TopLogprob(_Answer):
+class TopLogprob(AnswerModel):
     token: str
     bytes: list[int]
     logprob: float
@@ -111,41 +113,41 @@ class ChatLogprob(TopLogprob):
     risk: Probability | None = Field(None, description="Present when risk was asked for.")
 
 
-class ChatLogprobs(_Answer):
+class ChatLogprobs(AnswerModel):
     content: list[ChatLogprob]
     refusal: None
 
 
-class TextLogprobs(_Answer):
+class TextLogprobs(AnswerModel):
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]]
     text_offset: list[int]
 
 
-class Usage(_Answer):
+class Usage(AnswerModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
 
-class CalledFunction(_Answer):
+class CalledFunction(AnswerModel):
     name: str
     arguments: str = Field(description="JSON as the model wrote it")
 
 
-class ToolCall(_Answer):
+class ToolCall(AnswerModel):
     id: str
     type: Literal["function"]
     function: CalledFunction
 
 
-class FunctionDelta(_Answer):
+class FunctionDelta(AnswerModel):
     name: str | None = None
     arguments: str
 
 
-class ToolCallDelta(_Answer):
+class ToolCallDelta(AnswerModel):
     """`id`, `type` and the name come once, with the first piece of a call."""
 
     index: int
@@ -154,7 +156,7 @@ class ToolCallDelta(_Answer):
     function: FunctionDelta
 
 
-class ChatMessage(_Answer):
+class ChatMessage(AnswerModel):
     role: Literal["assistant"]
     content: str | None = Field(description="null: all that came is in other fields")
     refusal: None
@@ -162,7 +164,7 @@ class ChatMessage(_Answer):
     tool_calls: list[ToolCall] | None = None
 
 
-class ChatDelta(_Answer):
+class ChatDelta(AnswerModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
     reasoning: str | None = None
@@ -172,7 +174,7 @@ class ChatDelta(_Answer):
 FinishReason: TypeAlias = Literal["stop", "length", "content_filter", "tool_calls"]
 
 
-class ChatChoice(_Answer):
+class ChatChoice(AnswerModel):
     index: int
     message: ChatMessage
     finish_reason: FinishReason
@@ -181,7 +183,7 @@ class ChatChoice(_Answer):
     risk: RiskReport | None = None
 
 
-class ChatCompletion(_Answer):
+class ChatCompletion(AnswerModel):
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -192,7 +194,7 @@ class ChatCompletion(_Answer):
     prompt_token_ids: list[int] | None = None
 
 
-class ChatChunkChoice(_Answer):
+class ChatChunkChoice(AnswerModel):
     index: int
     delta: ChatDelta
     finish_reason: FinishReason | None
@@ -201,7 +203,7 @@ class ChatChunkChoice(_Answer):
     risk: RiskReport | RiskTokens | None = None
 
 
-class ChatCompletionChunk(_Answer):
+class ChatCompletionChunk(AnswerModel):
     id: str
     object: Literal["chat.completion.chunk"]
     created: int
@@ -212,7 +214,7 @@ class ChatCompletionChunk(_Answer):
     prompt_token_ids: list[int] | None = None
 
 
-class TextChoice(_Answer):
+class TextChoice(AnswerModel):
     index: int
     text: str
     finish_reason: FinishReason | None
@@ -222,7 +224,7 @@ class TextChoice(_Answer):
     risk: RiskReport | RiskTokens | None = None
 
 
-class TextCompletion(_Answer):
+class TextCompletion(AnswerModel):
     """A whole completion, and with `stream` each of its chunks."""
 
     id: str
@@ -234,80 +236,18 @@ class TextCompletion(_Answer):
     system_fingerprint: str | None = None
 
 
-class ScoreUsage(_Answer):
+class ScoreUsage(AnswerModel):
     prompt_tokens: int
     scored_tokens: int
 
 
-class ScoredText(_Answer):
+class ScoredText(AnswerModel):
     id: str
     object: Literal["risk"]
     created: int
     model: str
     usage: ScoreUsage
     risk: RiskReport
-
-
-class Model(_Answer):
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    max_model_len: int
-
-
-class ModelList(_Answer):
-    object: Literal["list"]
-    data: list[Model]
-
-
-class OperatingPoint(_Answer):
-    name: str
-    threshold: float
-    false_positive_rate: float
-    recall: float
-
-
-class Thresholds(_Answer):
-    head: str
-    default: str
-    operating_points: list[OperatingPoint]
-
-
-class ProbeThresholds(_Answer):
-    token: Thresholds
-    response: Thresholds
-
-
-class EvaluationRow(_Answer):
-    dataset: str
-    detector: str
-    metric: str
-    value: float
-    low: float | None
-    high: float | None
-    n: int
-
-
-class ProbeInfo(_Answer):
-    id: str
-    object: Literal["probe"]
-    name: str
-    default: bool
-    position: Literal["read", "write"]
-    heads: list[str]
-    neurons: int
-    layers: int
-    h_neurons: int
-    thresholds: ProbeThresholds
-    evaluation: list[EvaluationRow]
-    not_good_for: list[str]
-    created: int
-
-
-class ProbeList(_Answer):
-    object: Literal["list"]
-    data: list[ProbeInfo]
 
 
 _ERRORS: Responses = {

@@ -10,8 +10,9 @@ from fastapi import APIRouter, Request
 
 from probes.card import ResponseRule, TokenRule
 from probes.probe import Probe
-from server.api.answers import Model, ModelList, ProbeList, documented
+from server.api.answers import documented
 from server.api.errors import APIError
+from server.api.listings import Model, ModelList, ProbeList
 from server.service import Service
 
 router = APIRouter(tags=["openai"])

@@ -47,7 +47,7 @@ class Row:
         """How many tokens the prompt begins with of which no reading is wanted.
 
         Two tokens at least are left to read: a pass of one takes another way through attention,
-        and bfloat16 would round otherwise than it does without sharing.
+        which moves bfloat16 further than sharing does anyway.
         """
         most = len(self.prompt) - 2
         if isinstance(self.request, ScoreRequest):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from server.api.answers import ChatCompletion
 from server.engines.fake import FakeEngine
 from server.plain_parsers import plain_parsers
-from tests.answers import check_choice, flattened, joined
+from tests.answers import both_ways
 from tests.contract.test_invariants import REQUESTS
 
 WORDS = ["<think>", "</think>", "</thi", "<", "in", "1969", "né", "😀", "7", "", "[nan:3]"]
@@ -38,14 +38,7 @@ async def test_streamed_equals_not_streamed_in_every_field(open_wire, text, fiel
     engine = FakeEngine()
     parsers = plain_parsers(engine.tokenizer, reasoning="deepseek_r1", tool_call=None)
     async with open_wire(engine, parsers=parsers) as wire:
-        answer = await wire.chat(text, **fields)
-        assert answer.status_code == 200, answer.text
-        choices, usage = flattened(answer.json())
-        chunks = await wire.chunks(text, stream_options={"include_usage": True}, **fields)
-    assert (choices, usage) == joined(chunks)
-    assert usage["completion_tokens"] == sum(len(c["risk"]["tokens"]) for c in choices)
-    for choice in choices:
-        check_choice(choice)
+        await both_ways(wire, text, **fields)
 
 
 async def test_reasoning_is_tinted_and_only_the_answer_is_judged(open_thinking):

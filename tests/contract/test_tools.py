@@ -15,7 +15,7 @@ from server.engines.base import Grammar
 from server.engines.fake import FakeEngine
 from server.parsing import ToolUse
 from server.plain_parsers import plain_parsers
-from tests.answers import check_choice, flattened, joined
+from tests.answers import both_ways
 from tests.contract.test_invariants import REQUESTS
 
 FIND = {
@@ -52,16 +52,7 @@ async def test_streamed_equals_not_streamed_in_every_field(open_wire, text, fiel
     """I1, I2, I10 with calls: every entry points into the arguments of its own call."""
     engine = FakeEngine()
     async with open_wire(engine, parsers=make_parsers(engine, reasoning=reasoning)) as wire:
-        answer = await wire.chat(text, tools=[FIND], **fields)
-        assert answer.status_code == 200, answer.text
-        choices, usage = flattened(answer.json())
-        chunks = await wire.chunks(
-            text, tools=[FIND], stream_options={"include_usage": True}, **fields
-        )
-    assert (choices, usage) == joined(chunks)
-    assert usage["completion_tokens"] == sum(len(c["risk"]["tokens"]) for c in choices)
-    for choice in choices:
-        check_choice(choice)
+        await both_ways(wire, text, tools=[FIND], **fields)
 
 
 async def test_calls_come_as_openai_has_them(open_calling):

@@ -8,7 +8,8 @@ import re
 import pytest
 
 from probes.calibration import Platt
-from server.api.answers import ModelList, ProbeList, ScoredText, TextCompletion
+from server.api.answers import ScoredText, TextCompletion
+from server.api.listings import ModelList, ProbeList
 from server.engines.fake import FakeEngine
 from server.engines.fake_model import fake_logits, fake_probe
 

@@ -11,7 +11,7 @@ import openai
 import psutil
 import pytest
 
-from server.api.answers import ModelList, ProbeList
+from server.api.listings import ModelList, ProbeList
 from tests.running import OpenStream, Watch, ending, wait_until
 
 SEA = "Tell me about the sea."

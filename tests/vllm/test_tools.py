@@ -16,7 +16,7 @@ import pytest
 import pytest_asyncio
 
 from server.engines.fake_model import IM_END, fake_tokenizer
-from tests.answers import check_choice, flattened, joined
+from tests.answers import both_ways
 from tests.contract.conftest import Wire, make_fake_app, make_fake_service
 from tests.contract.oracle import families, make_folder, reference_of
 
@@ -80,24 +80,11 @@ def ending(wire) -> dict[str, Any]:
     return {"temperature": 0, "max_tokens": 200, "risk": True, "logit_bias": bias}
 
 
-async def both_ways(wire, **fields: Any) -> Any:
-    """The one choice, which is the same streamed and whole, and accounts for every token."""
-    response = await wire.chat("When?", **fields)
-    assert response.status_code == 200, response.text
-    choices, usage = flattened(response.json())
-    chunks = await wire.chunks("When?", stream_options={"include_usage": True}, **fields)
-    assert (choices, usage) == joined(chunks)
-    (choice,) = choices
-    check_choice(choice)
-    assert len(choice["risk"]["tokens"]) == usage["completion_tokens"]
-    return choice
-
-
 @pytest.mark.parametrize("choice", [NAMED, "required"], ids=["named", "required"])
 async def test_a_call_that_is_demanded_is_made_with_a_risk_for_every_token(wire, ending, choice):
     """Held to the tool's own schema; every entry points into the arguments of the call."""
     fields = {**ending, "tools": [FIND], "tool_choice": choice, "parallel_tool_calls": False}
-    found = await both_ways(wire, **fields)
+    (found,) = await both_ways(wire, "When?", **fields)
     ((name, arguments),) = found["calls"]
     assert name == "find"
     called = json.loads(arguments)
@@ -116,10 +103,10 @@ async def test_a_grammar_holds_the_content_and_not_the_reasoning(wire, ending):
     """Where the reasoning ends the JSON begins, and before it nothing is held to anything."""
     named = {"name": "find", "schema": SCHEMA}
     fields = {**ending, "response_format": {"type": "json_schema", "json_schema": named}}
-    found = await both_ways(wire, **fields)
+    (found,) = await both_ways(wire, "When?", **fields)
     assert json.loads(found["text"])["year"] in (1851, 1969)
     assert found["risk"]["tokens"][0]["token"] == ""  # `</think>`
-    thinking = await both_ways(wire, **{**fields, "logit_bias": None, "max_tokens": 12})
+    (thinking,) = await both_ways(wire, "When?", **{**fields, "logit_bias": None, "max_tokens": 12})
     assert (thinking["text"], thinking["finish"]) == ("", "length")
     assert {token["segment"] for token in thinking["risk"]["tokens"]} == {"reasoning"}
     assert (thinking["risk"]["status"], thinking["risk"]["reason"]) == ("unavailable", "no_text")

@@ -12,11 +12,11 @@ import math
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import TokensInput, tokens_input
-from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 from vllm.v1.engine.exceptions import EngineGenerateError
 
@@ -32,12 +32,17 @@ from server.engines.base import (
     Sampling,
     ScoreRequest,
     Step,
-    TokenLogprobs,
     probe_index,
 )
 from server.engines.vllm.parsers import VllmParsers
-from server.engines.vllm.plan import EXTRA_ARGS_KEY, MeterPlan, Order, salt
+from server.engines.vllm.plan import MeterPlan, Order, salt
 from server.engines.vllm.processes import EngineProcesses
+from server.engines.vllm.sampling import (
+    finish_reason,
+    sampling_params,
+    structured_outputs,
+    token_logprobs,
+)
 from server.engines.vllm.tap import Reader, Tap
 
 if TYPE_CHECKING:
@@ -66,6 +71,7 @@ class VllmEngine:
         self._llm: AsyncLLM | None = llm  # None once it is closed
         self._tokenizer, self._card, self._plan = tokenizer, card, plan
         self.parsers = parsers
+        self._ends = sorted(card.eos_token_ids)
         self._max_num_seqs: int = llm.vllm_config.scheduler_config.max_num_seqs
         self._max_waiting_requests = max_waiting_requests
         self._max_waiting_tokens = max_waiting_tokens
@@ -94,7 +100,7 @@ class VllmEngine:
         self._check(request.prompt_token_ids, more=request.max_tokens)
         order = self._order(request.probe, request.alpha, request.contributors)
         reads_last = request.read_last and order is not None
-        params = self._params(request.sampling, order)
+        params = sampling_params(request.sampling, order, ends=self._ends)
         params.max_tokens = request.max_tokens + (1 if reads_last else 0)
         reader = Reader(self._plan, order, prompt_tokens=len(request.prompt_token_ids))
         prompt = self._prompt(request.prompt_token_ids, order, tenant=request.tenant)
@@ -109,9 +115,9 @@ class VllmEngine:
                         return
                     written += 1
                     is_last = index + 1 == len(output.token_ids)
-                    step = Step(token_id, reading, _logprobs(output, index, request.sampling))
+                    step = Step(token_id, reading, token_logprobs(output, index, request.sampling))
                     if output.finish_reason is not None and is_last:
-                        step = step._replace(finish_reason=_finish_reason(output.finish_reason))
+                        step = step._replace(finish_reason=finish_reason(output.finish_reason))
                     yield step
                     if step.finish_reason is not None:
                         return
@@ -123,7 +129,7 @@ class VllmEngine:
         order = self._order(request.probe, request.alpha, request.contributors)
         assert order is not None
         order = order._replace(whole_prompt=True)
-        params = self._params(Sampling(temperature=0), order)
+        params = sampling_params(Sampling(temperature=0), order, ends=self._ends)
         params.max_tokens = 1
         params.skip_reading_prefix_cache = True  # cached tokens are not read again
         reader = Reader(self._plan, order, prompt_tokens=len(request.token_ids))
@@ -144,7 +150,7 @@ class VllmEngine:
         if self._llm is None:
             raise EngineDeadError(self._dead)
         config = self._llm.vllm_config
-        params = SamplingParams(structured_outputs=_structured_outputs(grammar))
+        params = SamplingParams(structured_outputs=structured_outputs(grammar))
         try:
             params.verify(
                 config.model_config, None, config.structured_outputs_config, self._llm.tokenizer
@@ -259,50 +265,7 @@ class VllmEngine:
             raise ValueError("this engine was made without suppression: alpha must be 1")
         return Order(index, alpha, contributors, whole_prompt=False)
 
-    def _params(self, sampling: Sampling, order: Order | None) -> SamplingParams:
-        return SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            seed=None if sampling.seed is None else sampling.seed % 2**63,
-            presence_penalty=sampling.presence_penalty,
-            frequency_penalty=sampling.frequency_penalty,
-            repetition_penalty=sampling.repetition_penalty,
-            logit_bias=dict(sampling.logit_bias) or None,
-            logprobs=sampling.logprobs,
-            ignore_eos=sampling.ignore_eos,
-            stop_token_ids=[] if sampling.ignore_eos else sorted(self._card.eos_token_ids),
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-            extra_args=None if order is None else {EXTRA_ARGS_KEY: list(order)},
-            structured_outputs=_structured_outputs(sampling.grammar),
-            skip_clone=True,
-        )
-
     def _unread(self, order: Order, position: int) -> Reading:
         assert self._plan is not None
         heads = len(self._plan.probes[order.probe].bias)
         return Reading(position, (math.nan,) * heads)
-
-
-def _structured_outputs(grammar: Grammar | None) -> StructuredOutputsParams | None:
-    """The kinds of grammars are vLLM's."""
-    return None if grammar is None else StructuredOutputsParams(**{grammar.kind: grammar.text})
-
-
-def _finish_reason(reason: str) -> Any:
-    if reason in ("stop", "length"):
-        return reason
-    raise RequestFailedError("engine_error", f"vLLM ended the request with {reason!r}")
-
-
-def _logprobs(output: CompletionOutput, index: int, sampling: Sampling) -> TokenLogprobs | None:
-    if sampling.logprobs is None:
-        return None
-    assert output.logprobs is not None
-    table = output.logprobs[index]
-    assert table is not None
-    best = sorted(table.items(), key=lambda item: (item[1].rank or 0, item[0]))
-    top = tuple((token_id, found.logprob) for token_id, found in best[: sampling.logprobs])
-    return TokenLogprobs(table[output.token_ids[index]].logprob, top)

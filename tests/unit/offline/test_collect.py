@@ -230,7 +230,7 @@ async def test_no_more_requests_are_open_than_allowed(
     scripted: ScriptedServer, tmp_path: Path
 ) -> None:
     await _collect(scripted, tmp_path / "a.jsonl", _questions(40), in_flight=3)
-    assert 1 <= scripted.most_open <= 3
+    assert scripted.most_open <= 3
 
 
 async def test_a_full_queue_is_waited_for_as_the_server_says(

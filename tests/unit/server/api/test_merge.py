@@ -71,10 +71,11 @@ async def test_a_client_that_does_not_read_holds_up_the_work():
 async def test_silence_is_told_and_ends():
     gate = asyncio.Event()
     seen = []
-    async for batch in merge([Stream("a", gate=gate)()], silence=0.01):
-        seen.append(batch)
-        if batch == []:
-            gate.set()
+    async with asyncio.timeout(5):
+        async for batch in merge([Stream("a", gate=gate)()], silence=0.01):
+            seen.append(batch)
+            if batch == []:
+                gate.set()
     assert seen[:2] == [[(0, "a")], []]
 
 

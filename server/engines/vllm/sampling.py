@@ -1,0 +1,70 @@
+"""Our words for sampling into vLLM's, and vLLM's outputs into ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+
+from server.engines.base import FinishReason, Grammar, RequestFailedError, Sampling, TokenLogprobs
+from server.engines.vllm.plan import EXTRA_ARGS_KEY, Order
+
+if TYPE_CHECKING:
+    from vllm.outputs import CompletionOutput
+
+
+def sampling_params(
+    sampling: Sampling, order: Order | None, *, ends: Sequence[int]
+) -> SamplingParams:
+    """Of one request, whose `max_tokens` the caller sets.
+
+    order  rides along to the workers
+    ends   token ids that end an answer
+    """
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        seed=None if sampling.seed is None else sampling.seed % 2**63,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        logit_bias=dict(sampling.logit_bias) or None,
+        logprobs=sampling.logprobs,
+        ignore_eos=sampling.ignore_eos,
+        stop_token_ids=[] if sampling.ignore_eos else list(ends),
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+        extra_args=None if order is None else {EXTRA_ARGS_KEY: list(order)},
+        structured_outputs=structured_outputs(sampling.grammar),
+        skip_clone=True,
+    )
+
+
+def structured_outputs(grammar: Grammar | None) -> StructuredOutputsParams | None:
+    """The kinds of grammars are vLLM's."""
+    return None if grammar is None else StructuredOutputsParams(**{grammar.kind: grammar.text})
+
+
+def finish_reason(reason: str) -> FinishReason:
+    """RequestFailedError where vLLM gave the request up."""
+    known: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
+    if reason not in known:
+        raise RequestFailedError("engine_error", f"vLLM ended the request with {reason!r}")
+    return known[reason]
+
+
+def token_logprobs(
+    output: CompletionOutput, index: int, sampling: Sampling
+) -> TokenLogprobs | None:
+    """Of the token at `index` of `output`; None when they were not asked for."""
+    if sampling.logprobs is None:
+        return None
+    assert output.logprobs is not None
+    table = output.logprobs[index]
+    assert table is not None
+    best = sorted(table.items(), key=lambda item: (item[1].rank or 0, item[0]))
+    top = tuple((token_id, found.logprob) for token_id, found in best[: sampling.logprobs])
+    return TokenLogprobs(table[output.token_ids[index]].logprob, top)
