@@ -199,14 +199,15 @@ class Metrics:
         self._request_seconds.labels(self._model_name, endpoint).observe(seconds)
 
     def first_token(self, seconds: float) -> None:
+        """One token more; by the engine, for whatever answer: also those that nobody gets."""
+        self._written.inc()
         self._first_token.observe(seconds)
 
-    def inter_token(self, seconds: float) -> None:
-        self._inter_token.observe(seconds)
-
-    def token_written(self) -> None:
-        """By the engine, for whatever answer: also those thrown away or abandoned."""
-        self._written.inc()
+    def next_tokens(self, gaps: Sequence[float]) -> None:
+        """As many tokens more, so many seconds after the one before."""
+        self._written.inc(len(gaps))
+        for seconds in gaps:
+            self._inter_token.observe(seconds)
 
     def choice_finished(self, finished_reason: str) -> None:
         self._choices.labels(self._model_name, finished_reason).inc()

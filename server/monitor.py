@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -46,6 +47,12 @@ class RiskPlan:
     contributors: int
     with_tokens: bool
     policy: Policy
+
+    @cached_property
+    def heads(self) -> tuple[int, int]:
+        """Where a reading holds the logits of the token head and of the response head."""
+        card = self.probe.card
+        return card.heads.index(card.token.head), card.heads.index(card.response.head)
 
     @property
     def is_calibrated(self) -> bool:
@@ -206,15 +213,12 @@ class Monitor:
 
 def score(plan: RiskPlan, token: Token, reading: Reading) -> Token:
     """The token with the risk of its reading, or with the reason why it has none."""
-    card = plan.probe.card
-    logits = (
-        reading.logits[card.heads.index(card.token.head)],
-        reading.logits[card.heads.index(card.response.head)],
-    )
+    of_token, of_response = plan.heads
+    logits = reading.logits[of_token], reading.logits[of_response]
     shares = reading.contributions
-    if not all(map(math.isfinite, (*logits, *(share.value for share in shares)))):
+    if not all(map(math.isfinite, logits)) or not all(math.isfinite(s.value) for s in shares):
         return token._replace(unscored="nonfinite")
-    risk = card.token.calibration.risk(logits[0])
+    risk = plan.probe.card.token.calibration.risk(logits[0])
     return token._replace(
         risk=risk,
         logits=logits,

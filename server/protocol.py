@@ -15,12 +15,32 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.api.errors import APIError
+from server.limits import MAX_HEADER_BYTES
 
 SECONDS_TO_RECEIVE = 10.0  # for all headers of a request, or the rest of a refused body
 # Without the client taking what waits for it. Later than the stream's own limit (sse.py), which
 # knows why it aborts; this one frees the socket, whatever was being sent.
 SECONDS_TO_SEND = 35.0
 SEND_BUFFER_BYTES = 64 * 1024  # of the kernel's; by default a slow reader parks megabytes there
+
+
+class Connection(h11.Connection):
+    """h11, but a piece of a chunked body is written without asking its state machine each time.
+
+    That cost 6 % of the server's time per streamed token. A piece changes no state: only the
+    response's head and its end do, and those go the usual way.
+    """
+
+    _is_chunked = False
+
+    def send(self, event: h11.Event) -> bytes | None:  # type: ignore[override]
+        """See h11."""
+        if self._is_chunked and type(event) is h11.Data and self.our_state is h11.SEND_BODY:
+            return b"%x\r\n%b\r\n" % (len(event.data), event.data) if event.data else b""
+        output = super().send(event)
+        if type(event) is h11.Response and output is not None:
+            self._is_chunked = b"\r\ntransfer-encoding: chunked\r\n" in output.lower()
+        return output
 
 
 class DeadlineProtocol(H11Protocol):
@@ -32,6 +52,7 @@ class DeadlineProtocol(H11Protocol):
     _sending: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.conn = Connection(h11.SERVER, MAX_HEADER_BYTES)
         super().connection_made(cast(asyncio.Transport, transport))
         if (sock := transport.get_extra_info("socket")) is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)

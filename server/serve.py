@@ -6,6 +6,7 @@ What can be refused cheaply is refused before the model loads; the listener exis
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import signal
@@ -23,7 +24,6 @@ from server.app import create_app, create_metrics_app
 from server.engines.base import Engine
 from server.known_answer import check_probes
 from server.lifecycle import Lifecycle
-from server.limits import MAX_HEADER_BYTES
 from server.process import SECONDS_FOR_LAST_WORDS, Listener, Server, bind
 from server.protocol import DeadlineProtocol
 from server.reload import Reload
@@ -102,6 +102,10 @@ async def _run(
     try:
         await check_probes(engine, engine.probes)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload.request)
+        # What is there by now stays: a collection would walk all of it, and every stream would wait
+        # for a third of a second (vLLM's server does the same).
+        gc.collect()
+        gc.freeze()
         async with _metrics_listener(settings, service, listening.metrics):
             await server.serve([listening.main])
     finally:
@@ -144,7 +148,6 @@ def _config(app: ASGIApp, settings: Settings, *, is_public: bool = True) -> uvic
         server_header=False,
         proxy_headers=False,
         root_path=settings.root_path if is_public else "",
-        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         timeout_graceful_shutdown=int(SECONDS_FOR_LAST_WORDS),
         ssl_keyfile=str(settings.ssl_keyfile) if is_tls else None,
         ssl_certfile=str(settings.ssl_certfile) if is_tls else None,

@@ -10,13 +10,10 @@ class StopStrings:
 
     def __init__(self, strings: Sequence[str] = ()) -> None:
         self._strings = tuple(strings)
-        self._tail = ""  # the newest `held` characters
+        # Newest characters that a stop string may still cut: they must not be shown yet.
+        self.held = max((len(string) - 1 for string in self._strings), default=0)
+        self._tail = ""  # those characters
         self._length = 0  # characters so far
-
-    @property
-    def held(self) -> int:
-        """Newest characters that a stop string may still cut: they must not be shown yet."""
-        return max((len(string) - 1 for string in self._strings), default=0)
 
     def push(self, piece: str) -> int | None:
         """Where the text must be cut, when this piece completes a stop string.

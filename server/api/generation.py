@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 import orjson
@@ -20,10 +20,13 @@ from server.api.schemas import ChatRequest, CompletionRequest
 from server.api.sse import DONE, KEEP_ALIVE, ClientGoneError, EventStream, event, unless_gone
 from server.api.token_objects import JSON
 from server.engines.base import EngineOverloadedError, Step
+from server.metrics import Metrics
 from server.monitor import RiskSummary, Token
 from server.policy import Ending, Observer, Order, answer
 from server.segments import Piece
 from server.service import Service
+
+TOKENS_TOLD_AT_ONCE = 16  # each alone would cost the counters' locks
 
 
 def new_id(prefix: str) -> str:
@@ -112,6 +115,7 @@ class _Run:
         self._writer = writer
         self._started = service.clock()
         self._endings: dict[int, Ending] = {}
+        self._paces: list[_Pace] = []
         self._texts: list[list[str]] = [[] for _ in orders]  # only if a recorder keeps text
         service.metrics.request_accepted(endpoint, prompt_tokens=prompt_tokens)
 
@@ -139,17 +143,18 @@ class _Run:
         try:
             async with aclosing(self._events(silence=self._service.keep_alive_seconds)) as events:
                 async for batch in events:
-                    openings = [] if has_begun else self._writer.openings()
-                    has_begun = True
-                    chunks = [*openings, *(self._chunk(i, item) for i, item in batch)]
-                    yield b"".join(map(event, chunks)) or KEEP_ALIVE
+                    chunks = b"".join([self._chunk(i, item) for i, item in batch])
+                    if not has_begun:
+                        chunks = self._writer.openings() + chunks
+                        has_begun = True
+                    yield chunks or KEEP_ALIVE
         except HNeuronsError as error:
             if not has_begun:
                 raise
             yield event(dict(to_api_error(error).body()))
         else:
             if with_usage:
-                yield event(self._writer.usage(self._usage()))
+                yield self._writer.usage(self._usage())
         record.update(self.record())
         yield DONE
 
@@ -191,10 +196,12 @@ class _Run:
             metrics.request_failed(error_code)
             raise
         finally:
+            for pace in self._paces:
+                pace.tell()
             self._service.record(self._answer_record(error_code))
         metrics.request_finished(self._endpoint, seconds=self._service.clock() - self._started)
 
-    def _chunk(self, i: int, item: Piece | Ending) -> JSON:
+    def _chunk(self, i: int, item: Piece | Ending) -> bytes:
         if isinstance(item, Piece):
             return self._writer.delta(i, item)
         return self._writer.closing(i, item)
@@ -232,19 +239,8 @@ class _Run:
     def _observer(self, order: Order) -> Observer:
         metrics, clock = self._service.metrics, self._service.clock
         probe = order.plan.probe.id if order.plan is not None else ""
-        last: float | None = None
-
-        def on_step(step: Step) -> None:
-            nonlocal last
-            if step.token_id is None:
-                return
-            now = clock()
-            metrics.token_written()
-            if last is None:
-                metrics.first_token(now - self._started)
-            else:
-                metrics.inter_token(now - last)
-            last = now
+        pace = _Pace(metrics, clock, started=self._started)
+        self._paces.append(pace)
 
         def on_attempt(risk: RiskSummary | None, tokens: Sequence[Token]) -> None:
             if risk is not None:
@@ -253,13 +249,39 @@ class _Run:
         def on_action(action: str) -> None:
             metrics.policy_acted(probe, action=action)
 
-        return Observer(on_step, on_attempt, on_action)
+        return Observer(pace.on_step, on_attempt, on_action)
 
     def _usage(self) -> JSON:
         return usage(
             prompt_tokens=self._prompt_tokens,
             completion_tokens=sum(e.completion_tokens for e in self._endings.values()),
         )
+
+
+class _Pace:
+    """When the tokens of one choice were written; the metrics are told of several at a time."""
+
+    def __init__(self, metrics: Metrics, clock: Callable[[], float], *, started: float) -> None:
+        self._metrics, self._clock, self._started = metrics, clock, started
+        self._last: float | None = None
+        self._gaps: list[float] = []
+
+    def on_step(self, step: Step) -> None:
+        if step.token_id is None:
+            return
+        now = self._clock()
+        if self._last is None:
+            self._metrics.first_token(now - self._started)
+        else:
+            self._gaps.append(now - self._last)
+            if len(self._gaps) == TOKENS_TOLD_AT_ONCE:
+                self.tell()
+        self._last = now
+
+    def tell(self) -> None:
+        """What was not told yet; once more at the end, however it came."""
+        gaps, self._gaps = self._gaps, []
+        self._metrics.next_tokens(gaps)
 
 
 async def _first(lines: AsyncGenerator[bytes, None]) -> bytes:

@@ -1,4 +1,6 @@
-"""OpenAI's response objects with our `risk`, as plain dicts; what is sent is exactly this.
+"""OpenAI's response objects with our `risk`: a whole answer as a dict, its parts as events.
+
+What is sent is exactly this; whoever calls has made sure that every float is finite.
 
 Chat and plain completions differ in where the text stands, how log-probabilities look and where
 the prompt's ids are; all of that is here.
@@ -8,13 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import orjson
+
+from server.api.sse import event
 from server.api.token_objects import JSON, chat_logprobs, risk_entries, risk_summary, text_logprobs
 from server.detokenizer import TokenNames
 from server.monitor import Token
 from server.parsing import Segment, ToolCall
 from server.policy import Ending, Order
 from server.segments import Piece
+
+_END = b"}\n\n"  # of a chunk and its event
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,20 +64,23 @@ class Writer:
             choice["risk"] = risk_summary(ending.risk, tokens)
         return choice
 
-    def openings(self) -> list[JSON]:
+    def openings(self) -> bytes:
         """The chunks that say who speaks, before any text: one per choice of a chat."""
         if not self.is_chat:
-            return []
+            return b""
         delta = {"role": "assistant", "content": ""}
-        chunks = [
-            self._chunk({"index": i, "delta": delta, "logprobs": None, "finish_reason": None})
-            for i in range(len(self.orders))
-        ]
+        first: JSON = {}
         if self.with_token_ids:
-            chunks[0]["prompt_token_ids"] = self.orders[0].request.prompt_token_ids
-        return chunks
+            first = {"prompt_token_ids": self.orders[0].request.prompt_token_ids}
+        return b"".join(
+            self._chunk(
+                {"index": i, "delta": delta, "logprobs": None, "finish_reason": None},
+                first if i == 0 else {},
+            )
+            for i in range(len(self.orders))
+        )
 
-    def delta(self, index: int, piece: Piece) -> JSON:
+    def delta(self, index: int, piece: Piece) -> bytes:
         """The chunk of one piece of text, with the entries of the tokens that carry it."""
         choice: JSON = {
             "index": index,
@@ -82,7 +93,7 @@ class Writer:
             choice["risk"] = {"tokens": risk_entries(piece.tokens, plan)}
         return self._chunk(choice)
 
-    def closing(self, index: int, ending: Ending) -> JSON:
+    def closing(self, index: int, ending: Ending) -> bytes:
         """The last chunk of a choice: why it ended, and its risk as a whole."""
         choice: JSON = {
             "index": index,
@@ -92,11 +103,11 @@ class Writer:
         }
         if ending.risk is not None:
             choice["risk"] = risk_summary(ending.risk, ending.tokens)
-        return self._chunk(choice) | {"system_fingerprint": self.system_fingerprint}
+        return self._chunk(choice, {"system_fingerprint": self.system_fingerprint})
 
-    def usage(self, usage: JSON) -> JSON:
+    def usage(self, usage: JSON) -> bytes:
         """The chunk without choices that `stream_options.include_usage` asks for."""
-        return self._object(self._chunk_name, []) | {"usage": usage}
+        return event(self._object(self._chunk_name, []) | {"usage": usage})
 
     def _message(self, index: int, pieces: Sequence[Piece]) -> JSON:
         content = _text(pieces, "content")
@@ -121,8 +132,15 @@ class Writer:
     def _chunk_name(self) -> str:
         return "chat.completion.chunk" if self.is_chat else "text_completion"
 
-    def _chunk(self, choice: JSON) -> JSON:
-        return self._object(self._chunk_name, [choice])
+    def _chunk(self, choice: JSON, more: JSON | None = None) -> bytes:
+        """The event of a chunk with one choice; `more` are fields of the chunk itself."""
+        tail = b"]," + orjson.dumps(more)[1:-1] + _END if more else b"]" + _END
+        return self._head + orjson.dumps(choice) + tail
+
+    @cached_property
+    def _head(self) -> bytes:
+        """What all chunks begin with."""
+        return event(self._object(self._chunk_name, [])).removesuffix(b"]" + _END)
 
     def _object(self, name: str, choices: list[JSON]) -> JSON:
         return {

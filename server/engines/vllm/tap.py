@@ -11,13 +11,10 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from server.engines.base import Contribution, Reading
 from server.engines.vllm.plan import MeterPlan, Order
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -35,12 +32,12 @@ class Reader:
             self._heads = plan.head_slice(order.probe)
             self._width = 1 + plan.heads + order.width
 
-    def take(self, numbers: NDArray[np.float32]) -> None:
+    def take(self, numbers: list[float]) -> None:
         """What the passes of one step have read for this request."""
         if self._order is None:
             return
-        rows = numbers.reshape(-1, self._width)
-        self.readings.extend(self._reading(row) for row in rows.tolist())
+        for start in range(0, len(numbers), self._width):
+            self.readings.append(self._reading(numbers[start : start + self._width]))
 
     def _reading(self, row: list[float]) -> Reading:
         assert self._order is not None
@@ -85,16 +82,15 @@ class Tap:
     def _take(self, step: EngineCoreOutputs) -> None:
         first = step.outputs[0]
         vector, first.routed_experts = first.routed_experts, None
-        count = len(step.outputs)
-        bounds = None if vector is None else count + np.cumsum(vector[:count], dtype=np.int64)
-        start = count
+        numbers: list[float] | None = None if vector is None else vector.tolist()
+        start = len(step.outputs)  # before which stands how many numbers each request has
         for index, output in enumerate(step.outputs):
             state = self._states.get(output.request_id)
             reader = state and self.readers.get(state.external_req_id)
-            stop = start if bounds is None else int(bounds[index])
+            stop = start if numbers is None else start + int(numbers[index])
             if reader:  # else it was aborted
                 reader.has_begun = True
                 reader.is_corrupt |= output.num_nans_in_logits > 0
-                if vector is not None:
-                    reader.take(vector[start:stop])
+                if numbers is not None:
+                    reader.take(numbers[start:stop])
             start = stop

@@ -30,7 +30,7 @@ def test_names_follow_prometheus_and_labels_come_from_a_closed_set():
     metrics.request_failed("engine_dead")
     metrics.request_aborted("disconnect")
     metrics.choice_finished("stop")
-    metrics.token_written()
+    metrics.first_token(0.1)
     metrics.policy_acted("p@1", action="withheld")
     metrics.show_probes([fake_probe()])
     metrics.probes_reloaded("loaded")
@@ -66,7 +66,7 @@ def test_gauges_are_read_when_scraped():
 def test_two_servers_in_one_process_do_not_share_counters():
     """The default registry is global: tests, and embedded servers, would add up."""
     first, second = Metrics(model_name="a"), Metrics(model_name="b")
-    first.token_written()
+    first.first_token(0.1)
     written = [
         sample.value
         for metrics in (first, second)
