@@ -4,8 +4,8 @@
 
 Same model, same engine arguments, same load generator (vLLM's own `vllm bench serve`). In each
 round the servers run one after the other, in an order that turns from round to round, and every
-ratio is taken within a round: what else the machine does is then the same for both. The last line
-is what the server's own process (not the engine) spends per token.
+ratio is taken within a round: what else the machine does is then the same for both. Server CPU is
+what the server's own process (not the engine) spends per token. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -141,22 +142,27 @@ def one_round(
     return found
 
 
-def report(loads: Sequence[Load], rounds: Sequence[Any]) -> None:
-    """Medians, and medians of the ratios within rounds."""
+def report(loads: Sequence[Load], rounds: Sequence[Any]) -> dict[str, Any]:
+    """Prints medians, and medians of the ratios within rounds; the same for a machine."""
+    found: dict[str, Any] = {}
     figures = {**FIGURES, "server CPU us/token": "server_us_per_token"}
     for at, load in enumerate(loads):
         print(f"\n{load} ({len(rounds)} rounds)")
         print(f"| | {' | '.join(SERVERS)} | on/stock | on/off |\n|---|---|---|---|---|---|")
         for label, key in figures.items():
-            values = {name: [found[name][at][key] for found in rounds] for name in SERVERS}
-            medians = " | ".join(f"{statistics.median(values[name]):.2f}" for name in SERVERS)
+            values = {name: [run[name][at][key] for run in rounds] for name in SERVERS}
+            medians = [statistics.median(values[name]) for name in SERVERS]
             ratios = [
                 statistics.median(
                     on / other for on, other in zip(values["risk on"], values[name], strict=True)
                 )
                 for name in SERVERS[:2]
             ]
-            print(f"| {label} | {medians} | {ratios[0]:.3f} | {ratios[1]:.3f} |")
+            shown = " | ".join(f"{median:.2f}" for median in medians)
+            print(f"| {label} | {shown} | {ratios[0]:.3f} | {ratios[1]:.3f} |")
+            figure = {**dict(zip(SERVERS, medians, strict=True)), "on/stock": ratios[0]}
+            found.setdefault(str(load), {})[label] = {**figure, "on/off": ratios[1]}
+    return found
 
 
 def main() -> None:
@@ -181,8 +187,11 @@ def main() -> None:
         print(f"round {number + 1} of {options.rounds} is done", file=sys.stderr)
     where = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.+)", where.read_text()) if where.exists() else []
-    print(f"{os.cpu_count()} cores of {names[0] if names else 'an unknown CPU'}")
-    report(loads, rounds)
+    machine = f"{os.cpu_count()} cores of {names[0] if names else 'an unknown CPU'}"
+    print(machine)
+    figures = report(loads, rounds)
+    versions = {name: version(name) for name in ("torch", "transformers")}
+    print(json.dumps({"machine": machine, "versions": versions, "rounds": len(rounds), **figures}))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ def check_signatures() -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core_client import AsyncMPClient
     from vllm.v1.engine.output_processor import RequestState
+    from vllm.v1.worker import gpu_model_runner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
     from vllm.v1.worker.gpu_worker import Worker
 
@@ -54,6 +55,7 @@ def check_signatures() -> None:
         (GPUModelRunner, "execute_model", ("self", "scheduler_output", "intermediate_tensors")),
         (GPUModelRunner, "_prepare_inputs", ("self", "scheduler_output", "num_scheduled_tokens")),
         (GPUModelRunner, "sample_tokens", ("self", "grammar_output")),
+        (gpu_model_runner, "count_nans_per_row", ("logits",)),
         (Scheduler, "update_from_output", ("self", "scheduler_output", "model_runner_output")),
         (AsyncMPClient, "get_output_async", ("self",)),
         (AsyncLLM, "generate", ("self", "prompt", "sampling_params", "request_id")),

@@ -21,6 +21,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.worker import gpu_model_runner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from probes.errors import ModelError
@@ -41,6 +42,7 @@ class OwnedWorker(_Worker):
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         _leave_interrupts_to_the_server()
+        gpu_model_runner.count_nans_per_row = rows_with_nans
         with leaving_why():
             super().load_model(load_dummy_weights=load_dummy_weights)
             self._prepare()
@@ -67,6 +69,15 @@ class MeteredWorker(OwnedWorker):
         max_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
         meter = WorkerMeter(self.model_runner.model, plan, max_tokens=max_tokens)
         wrap(self.model_runner, meter)
+
+
+def rows_with_nans(logits: torch.Tensor) -> torch.Tensor:
+    """`[rows, vocab]` -> `[rows]` int32: 1 where a row is not all numbers.
+
+    In the place of vLLM's count, whose table of flags took 1.3 ms of each step with 32 rows of
+    49,152 on a CPU, a hundredth of it; a sum takes .04. Minus infinity is a mask, not a fault.
+    """
+    return logits.sum(dim=-1, dtype=torch.float32).isnan().to(torch.int32)
 
 
 def wrap(runner: Any, meter: WorkerMeter) -> None:
