@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from math import isfinite
 from typing import Literal, NamedTuple, TypeAlias
 
 from probes.probe import Probe
@@ -213,18 +214,18 @@ class Monitor:
 
 def score(plan: RiskPlan, token: Token, reading: Reading) -> Token:
     """The token with the risk of its reading, or with the reason why it has none."""
+    # Once per token: no keyword arguments, no generators where there is nothing to go through.
     of_token, of_response = plan.heads
-    logits = reading.logits[of_token], reading.logits[of_response]
-    shares = reading.contributions
-    if not all(map(math.isfinite, logits)) or not all(math.isfinite(s.value) for s in shares):
+    logit, shares = reading.logits[of_token], reading.contributions
+    logits = logit, reading.logits[of_response]
+    if not (isfinite(logit) and isfinite(logits[1])) or (
+        shares and not all(isfinite(share.value) for share in shares)
+    ):
         return token._replace(unscored="nonfinite")
-    risk = plan.probe.card.token.calibration.risk(logits[0])
-    return token._replace(
-        risk=risk,
-        logits=logits,
-        contributions=shares,
-        is_flagged=token.text != "" and risk >= plan.token_threshold,
-    )
+    risk = plan.probe.card.token.calibration.risk(logit)
+    is_flagged = token.text != "" and risk >= plan.token_threshold
+    carried = token.logprobs, is_flagged, token.segment, token.call
+    return Token(*token[:4], risk, None, logits, shares, *carried)
 
 
 def summarise(plan: RiskPlan, tokens: Sequence[Token]) -> RiskSummary:

@@ -100,6 +100,9 @@ class Segmenter:
 
     def _out(self, *pieces: Piece) -> list[Piece]:
         """What goes out of these: nothing after a flag that stops the answer."""
+        if len(pieces) == 1 and not self._stops:  # nearly every token
+            self.tokens += pieces[0].tokens
+            return [*pieces]
         out: list[Piece] = []
         for piece in pieces:
             if not self.is_stopped:

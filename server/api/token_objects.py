@@ -13,15 +13,17 @@ from typing import Any, TypeAlias
 
 from server.detokenizer import TokenNames
 from server.engines.base import RequestFailedError
-from server.monitor import RiskPlan, RiskSummary, Token
-from server.parsing import Segment
+from server.monitor import RiskPlan, RiskSummary, Span, Token
 
 JSON: TypeAlias = dict[str, Any]
 _LOWEST_LOGPROB = -9999.0  # what vLLM writes for minus infinity
 
 
 def risk_entries(tokens: Sequence[Token], plan: RiskPlan) -> list[JSON]:
-    """`risk.tokens`: one entry per written token, nothing when the request does not want them."""
+    """`risk.tokens`: one entry per written token, nothing when the request does not want them.
+
+    `segment` is the field that offsets point into, `tool_call_index` which of the calls.
+    """
     if not plan.with_tokens:
         return []
     entries = []
@@ -32,8 +34,10 @@ def risk_entries(tokens: Sequence[Token], plan: RiskPlan) -> list[JSON]:
             "start": token.start,
             "end": token.end,
             "risk": token.risk,
-            **_place(token.segment, token.call),
+            "segment": token.segment,
         }
+        if token.call is not None:
+            entry["tool_call_index"] = token.call
         if plan.contributors:
             entry["contributors"] = [share._asdict() for share in token.contributions]
         entries.append(entry)
@@ -56,16 +60,7 @@ def risk_summary(risk: RiskSummary, tokens: Sequence[Token]) -> JSON:
         "alpha": plan.alpha,
         "calibrated": plan.is_calibrated,
         "policy": plan.policy,
-        "spans": [
-            {
-                "start": span.start,
-                "end": span.end,
-                "text": span.text,
-                "risk": span.risk,
-                **_place(span.segment, span.call),
-            }
-            for span in risk.spans
-        ],
+        "spans": [_span(span) for span in risk.spans],
         "unscored": risk.unscored,
         "tokens": risk_entries(tokens, plan),
     }
@@ -82,9 +77,15 @@ def risk_summary(risk: RiskSummary, tokens: Sequence[Token]) -> JSON:
     return summary
 
 
-def _place(segment: Segment, call: int | None) -> JSON:
-    """The field that offsets point into."""
-    return {"segment": segment} if call is None else {"segment": segment, "tool_call_index": call}
+def _span(span: Span) -> JSON:
+    entry: JSON = {
+        "start": span.start,
+        "end": span.end,
+        "text": span.text,
+        "risk": span.risk,
+        "segment": span.segment,
+    }
+    return entry if span.call is None else entry | {"tool_call_index": span.call}
 
 
 def chat_logprobs(tokens: Sequence[Token], names: TokenNames, *, with_risk: bool) -> JSON | None:

@@ -115,11 +115,12 @@ class VllmEngine:
                         return
                     written += 1
                     is_last = index + 1 == len(output.token_ids)
-                    step = Step(token_id, reading, token_logprobs(output, index, request.sampling))
+                    end = None
                     if output.finish_reason is not None and is_last:
-                        step = step._replace(finish_reason=finish_reason(output.finish_reason))
-                    yield step
-                    if step.finish_reason is not None:
+                        end = finish_reason(output.finish_reason)
+                    logprobs = token_logprobs(output, index, request.sampling)
+                    yield Step(token_id, reading, logprobs, end)
+                    if end is not None:
                         return
         raise RequestFailedError("no_finish", "vLLM ended the request without a reason")
 

@@ -41,12 +41,10 @@ class Reader:
 
     def _reading(self, row: list[float]) -> Reading:
         assert self._order is not None
-        shares = row[self._width - self._order.width :] if self._order.contributors else ()
-        return Reading(
-            position=int(row[0]),
-            logits=tuple(row[1:][self._heads]),
-            contributions=tuple(_contributions(shares)) if shares else (),
-        )
+        shares: tuple[Contribution, ...] = ()
+        if self._order.contributors:
+            shares = tuple(_contributions(row[self._width - self._order.width :]))
+        return Reading(int(row[0]), tuple(row[1:][self._heads]), shares)
 
 
 def _contributions(numbers: list[float]) -> Iterator[Contribution]:
