@@ -172,3 +172,17 @@ def test_names_of_tokens_are_their_bytes():
     assert TokenNames(BYTES).text(IM_END) == "<|im_end|>"
     assert TokenNames(BYTES).utf8(EOS) == b"<|endoftext|>"
     assert TokenNames(BYTES).utf8(VOCAB_SIZE + 5) == b""  # the model's vocabulary may be padded
+
+
+class Shouting(PreTrainedTokenizerFast):
+    """A family with a decoder of its own, as CPM, Luke and Whisper have."""
+
+    def _decode(self, *args, **kwargs):
+        return super()._decode(*args, **kwargs).upper()
+
+
+def test_a_tokenizer_that_decodes_in_its_own_way_is_heard():
+    """The short cut to the library's Rust decoder would give text that the family never shows."""
+    tokenizer = Shouting(tokenizer_object=byte_level_with_merges().backend_tokenizer)
+    ids = ids_of(tokenizer, "The answer is ok")
+    assert "".join(pieces(tokenizer, ids)) == decode(tokenizer, ids) == "THE ANSWER IS OK"
