@@ -36,6 +36,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 PORT = 8765
 SECONDS_TO_START = 1200
+TOKENS_AT_LEAST = 2048  # of one load: fewer say nothing
 FIGURES = {
     "tokens/s": "output_throughput",
     "median ITL ms": "median_itl_ms",
@@ -169,7 +170,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--requests", type=int, default=4, help="per place of the concurrency")
+    parser.add_argument(
+        "--requests", type=int, default=2, help="per place of the concurrency, at least"
+    )
     parser.add_argument("--output-tokens", type=int, nargs="+", default=[16, 128])
     parser.add_argument("--engine-args", default="--kv-cache-memory-bytes 1G --max-model-len 2048")
     options = parser.parse_args()
@@ -177,7 +180,7 @@ def main() -> None:
 
     folder = ensure_demo_model()
     loads = [
-        Load(concurrency, max(8, concurrency * options.requests), tokens)
+        Load(concurrency, max(concurrency * options.requests, TOKENS_AT_LEAST // tokens), tokens)
         for concurrency in options.concurrency
         for tokens in options.output_tokens
     ]

