@@ -33,7 +33,6 @@ from benchmarks.servers import running
 
 PORT = 8765
 ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
-TOKENS_AT_LEAST = 2048  # of one load: fewer say nothing
 FIGURES = {
     "tokens/s": "output_throughput",
     "median ITL ms": "median_itl_ms",
@@ -141,6 +140,7 @@ def main() -> None:
     parser.add_argument(
         "--requests", type=int, default=2, help="per place of the concurrency, at least"
     )
+    parser.add_argument("--tokens", type=int, default=2048, help="per load, at least")
     parser.add_argument("--output-tokens", type=int, nargs="+", default=[16, 128])
     parser.add_argument("--engine-args", default="--kv-cache-memory-bytes 1G --max-model-len 2048")
     options = parser.parse_args()
@@ -148,7 +148,7 @@ def main() -> None:
 
     folder = ensure_demo_model()
     loads = [
-        Load(concurrency, max(concurrency * options.requests, TOKENS_AT_LEAST // tokens), tokens)
+        Load(concurrency, max(concurrency * options.requests, options.tokens // tokens), tokens)
         for concurrency in options.concurrency
         for tokens in options.output_tokens
     ]

@@ -155,7 +155,24 @@ def reliability(report: Report) -> str:
         return _svg(figure, "reliability")
 
 
-def dose(sweep: SweepFigures, measure: str, behaviours: Sequence[str]) -> str:
+def doses(sweep: SweepFigures) -> dict[str, str]:
+    """Measure -> picture: what alpha does, then what it costs."""
+    measures = dict.fromkeys(point.measure for point in sweep.points)
+    wanted = {"complied": "Compliance", "correct": "Accuracy", "perplexity": "Perplexity"}
+    wanted |= {"refused": "Refusals", "changed": "Answers changed", "tokens": "Length in tokens"}
+    made: dict[str, str] = {}
+    for measure, name in wanted.items():
+        if measure not in measures:
+            continue
+        behaviours = dict.fromkeys(p.behaviour for p in sweep.points if p.measure == measure)
+        together = [b for b in behaviours if b == OVER_COMPLIANCE]
+        apart = [b for b in behaviours if b != OVER_COMPLIANCE]
+        shown = [*together, *apart] if measure == "complied" or not together else together
+        made[name] = _dose(sweep, measure, shown)
+    return made
+
+
+def _dose(sweep: SweepFigures, measure: str, behaviours: Sequence[str]) -> str:
     """One measure against alpha for several behaviour sets: the probe's neurons beside random."""
     columns = min(4, len(behaviours))
     rows = -(-len(behaviours) // columns)
@@ -196,6 +213,11 @@ def _dose_panel(axes: Axes, sweep: SweepFigures, behaviour: str, measure: str) -
 
 def _unit(axes: Axes, x: str, y: str, title: str) -> None:
     axes.set(xlabel=x, ylabel=y, title=title, xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+
+
+def standalone(picture: str) -> bytes:
+    """A picture that is no part of a page: a file with colours of its own."""
+    return picture.replace("<svg", '<svg style="color:#222;background:#fff"', 1).encode()
 
 
 def _svg(figure: Figure, name: str) -> str:

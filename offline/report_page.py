@@ -10,7 +10,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from offline import report_charts as charts
 from offline.card import cell, evaluation_tables
 from offline.report import Report
-from offline.sweep_figures import OVER_COMPLIANCE, SweepFigures
 
 LEVELS = ("answers", "claims", "tokens")
 TEMPLATES = Path(__file__).parent / "templates"
@@ -44,7 +43,7 @@ def render(report: Report) -> str:
         headline=_headline([table.dataset for table in ranked]),
         remaining=[row for row in report.rows if (row.dataset, row.metric) not in shown],
         others=[table for table in tables if "auroc" not in table.metrics],
-        doses=_doses(report.sweep) if report.sweep else {},
+        doses=charts.doses(report.sweep) if report.sweep else {},
     )
 
 
@@ -53,20 +52,3 @@ def _headline(datasets: Sequence[str]) -> set[str]:
     unseen = [dataset for dataset in datasets if not dataset.endswith("folds of the fit part")]
     found = {level: [d for d in unseen if d.startswith(f"{level}, ")] for level in LEVELS}
     return {dataset for names in found.values() for dataset in names[:2]}
-
-
-def _doses(sweep: SweepFigures) -> dict[str, str]:
-    """Measure -> picture: what alpha does, then what it costs."""
-    measures = dict.fromkeys(point.measure for point in sweep.points)
-    wanted = {"complied": "Compliance", "correct": "Accuracy", "perplexity": "Perplexity"}
-    wanted |= {"refused": "Refusals", "changed": "Answers changed", "tokens": "Length in tokens"}
-    made: dict[str, str] = {}
-    for measure, name in wanted.items():
-        if measure not in measures:
-            continue
-        behaviours = dict.fromkeys(p.behaviour for p in sweep.points if p.measure == measure)
-        together = [b for b in behaviours if b == OVER_COMPLIANCE]
-        apart = [b for b in behaviours if b != OVER_COMPLIANCE]
-        shown = [*together, *apart] if measure == "complied" or not together else together
-        made[name] = charts.dose(sweep, measure, shown)
-    return made

@@ -1,6 +1,7 @@
 """Verb `sweep`: what alpha does to behaviour, with random neurons as control, and what it costs.
 
-behaviour sets, probe -> sweep/ (controls, answers, perplexities) and sweep.json, the figures.
+behaviour sets, probe -> sweep/ (controls, answers, perplexities, pictures) and sweep.json, the
+figures.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from pathlib import Path
 
 import httpx
 
+from offline import report_charts
 from offline.child_server import child_server
 from offline.controls import load_or_make_controls
 from offline.models import load_model, load_tokenizer, short_name
 from offline.perplexity import Surprise, measure, read_prose
-from offline.records import SweepAnswer, read_records, sort_records
+from offline.records import SweepAnswer, read_records, sort_records, write_atomic
 from offline.sweep_answers import (
     PROBED,
     SweepError,
@@ -102,6 +104,9 @@ def sweep(
         alphas=settings.alphas,
     )
     figures.save(out / "sweep.json")
+    for name, picture in report_charts.doses(figures).items():
+        file_name = f"{name.lower().replace(' ', '_')}.svg"
+        write_atomic(folder / file_name, report_charts.standalone(picture))
     for slope in figures.slopes:
         log.info(
             "%-20s %-10s %-14s %+.3f per alpha [%+.3f, %+.3f]",

@@ -257,6 +257,10 @@ def test_a_sweep_is_served_with_its_controls_and_goes_on_where_it_was(
     assert at["changed", "probe", 1.0] == 0
     assert at["perplexity", "probe", 1.0] == at["perplexity", "random-1", 1.0]
     assert at["perplexity", "probe", 3.0] != at["perplexity", "random-1", 3.0]
+    picture = (tmp_path / "sweep" / "compliance.svg").read_text()
+    assert "random neurons" in picture
+    assert "currentColor" in picture
+    assert "color:#222" in picture[:100]
 
     answers = tmp_path / "sweep" / "answers.jsonl"
     whole, figures_before = answers.read_bytes(), (tmp_path / "sweep.json").read_bytes()
