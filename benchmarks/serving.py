@@ -54,16 +54,16 @@ class Load:
         return f"{self.concurrency} at once, {self.output_tokens} tokens each"
 
 
-def command_of(server: str, folder: Path, engine_args: str, *, at_once: int) -> list[str]:
+def command_of(server: str, folder: Path, engine_args: str, both: Sequence[str]) -> list[str]:
     """How a server is started; the two of ours are one process with other requests."""
     if server == "stock vLLM":
         served = ["--served-model-name", "demo", "--generation-config", "vllm"]
-        common = ["--port", str(PORT), "--max-num-seqs", str(at_once), *engine_args.split()]
+        common = ["--port", str(PORT), *both, *engine_args.split()]
         # What `vllm serve` starts; that command does not find its own version in the CPU build.
         stock = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         return [*stock, "--model", str(folder), *served, *common]
     ours = [sys.executable, "-m", "server", "demo", "--engine", "vllm", "--port", str(PORT)]
-    return [*ours, "--max-num-seqs", str(at_once), "--vllm-args", engine_args]
+    return [*ours, *both, "--vllm-args", engine_args]
 
 
 def measure(
@@ -74,7 +74,7 @@ def measure(
     words += ["--port", str(PORT), "--model", "demo", "--tokenizer", str(folder)]
     words += ["--dataset-name", "random", "--random-input-len", "64", "--ignore-eos"]
     words += ["--random-output-len", str(load.output_tokens), "--temperature", "0"]
-    words += ["--num-prompts", str(load.requests), "--num-warmups", "2"]
+    words += ["--num-prompts", str(load.requests), "--num-warmups", "1"]
     words += ["--max-concurrency", str(load.concurrency), "--disable-tqdm"]
     if risk is not None:
         words += ["--extra-body", json.dumps({"risk": risk})]
@@ -91,14 +91,15 @@ def measure(
 
 
 def one_round(
-    loads: Sequence[Load], folder: Path, engine_args: str, *, number: int
+    loads: Sequence[Load], folder: Path, options: argparse.Namespace, *, number: int
 ) -> dict[str, list[Any]]:
     """Every server under every load; `[server][load]`."""
     found: dict[str, list[Any]] = {}
     processes = [("stock vLLM",), ("risk off", "risk on")]
     for names in processes[:: 1 if number % 2 == 0 else -1]:
         at_once = max(load.concurrency for load in loads)
-        command = command_of(names[0], folder, engine_args, at_once=at_once)
+        both = ["--max-num-seqs", str(at_once), "--dtype", options.dtype]
+        command = command_of(names[0], folder, options.engine_args, both)
         with running(command, PORT, environment=ENVIRONMENT) as server:
             for name in names[:: 1 if number % 2 == 0 else -1]:
                 risk = {"stock vLLM": None, "risk off": False, "risk on": True}[name]
@@ -142,6 +143,7 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, default=2048, help="per load, at least")
     parser.add_argument("--output-tokens", type=int, nargs="+", default=[16, 128])
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--engine-args", default="--kv-cache-memory-bytes 1G --max-model-len 2048")
     options = parser.parse_args()
     from server.demo_model import ensure_demo_model
@@ -154,7 +156,7 @@ def main() -> None:
     ]
     rounds = []
     for number in range(options.rounds):
-        rounds.append(one_round(loads, folder, options.engine_args, number=number))
+        rounds.append(one_round(loads, folder, options, number=number))
         print(f"round {number + 1} of {options.rounds} is done", file=sys.stderr)
     where = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.+)", where.read_text()) if where.exists() else []
@@ -162,7 +164,17 @@ def main() -> None:
     print(machine)
     figures = report(loads, rounds)
     versions = {name: version(name) for name in ("torch", "transformers")}
-    print(json.dumps({"machine": machine, "versions": versions, "rounds": len(rounds), **figures}))
+    print(
+        json.dumps(
+            {
+                "machine": machine,
+                "dtype": options.dtype,
+                "versions": versions,
+                "rounds": len(rounds),
+                **figures,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

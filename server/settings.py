@@ -65,7 +65,9 @@ class Settings(BaseSettings):
         "weights and is for tests",
     )
     vllm_args: str = Field(
-        "", description="for `--engine vllm`: any of its own arguments, in one string"
+        "",
+        description="for `--engine vllm`: any of its own arguments that have no option here, in "
+        "one string",
     )
 
     reasoning_parser: str | None = Field(

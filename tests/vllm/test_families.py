@@ -59,6 +59,9 @@ async def test_a_model_that_vllm_does_not_compile_is_refused(start_engine, make_
         ("--data-parallel-size 2", "--data-parallel-size"),
         ("--enable-lora", "--enable-lora"),
         ("--stream-interval 2", "--stream-interval"),
+        ("--dtype=bfloat16", "give --dtype to this server"),
+        ("--max_num_seqs 4", "give --max-num-seqs to this server"),
+        ("--max-num-queued-tokens 9", "give --max-waiting-tokens to this server"),
         (
             '--speculative-config \'{"method": "ngram", "num_speculative_tokens": 2}\'',
             "--speculative-config",

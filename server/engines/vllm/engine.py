@@ -134,8 +134,9 @@ class VllmEngine:
         reader = Reader(self._plan, order, prompt_tokens=len(request.token_ids))
         prompt = self._prompt(request.token_ids, order, tenant=request.tenant)
         async with self._submitted(prompt, params, reader):
-            while not (await reader.output()).finished:
+            while not (output := await reader.output()).finished:
                 pass
+        finish_reason(output.finish_reason)
         # A preempted request reads its prompt again: the last reading of a position counts.
         by_position = {reading.position: reading for reading in reader.readings}
         wanted = range(max(request.start - 1, 0), len(request.token_ids))
@@ -225,9 +226,15 @@ class VllmEngine:
 
     def _note_end(self, ended: asyncio.Future[object], reader: Reader) -> None:
         """vLLM's own collector holds the last output, which is here already, or an error."""
-        if not ended.cancelled() and (error := ended.exception()) is not None:
-            assert isinstance(error, Exception)
+        if ended.cancelled():
+            return
+        error = ended.exception()
+        if reader.is_over:
+            return
+        if isinstance(error, Exception):
             reader.fail(self._failure(error))
+        else:
+            reader.fail(RequestFailedError("no_finish", "vLLM ended the request by itself"))
 
     def _failure(self, error: Exception) -> HNeuronsError:
         """What vLLM raised, in our words."""

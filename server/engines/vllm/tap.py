@@ -116,7 +116,7 @@ class Tap:
             reader = state and self.readers.get(state.external_req_id)
             stop = start + int(numbers[index]) if numbers else start
             if reader:  # else it was aborted
-                if output.prefill_stats is not None and not reader.has_begun:
+                if output.prefill_stats is not None:  # with its first output alone
                     self.cached_tokens_total += output.prefill_stats.num_cached_tokens
                 if output.num_nans_in_logits > 0:
                     reader.fail(_corrupt())
