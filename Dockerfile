@@ -48,6 +48,12 @@ ENTRYPOINT ["hneurons-serve"]
 CMD ["demo", "--metrics-port", "9400"]
 
 FROM runtime AS cuda
+USER 0:0
+# Triton compiles its driver when the engine starts.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
+ && rm -rf /var/lib/apt/lists/*
+USER 10001:10001
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=build-cuda /app /app

@@ -1,23 +1,24 @@
 #!/usr/bin/env bash
 # Everything about the vLLM engine that needs a GPU, in one go: values first, then prices.
 #
-#     benchmarks/gpu.sh > benchmarks/results/gpu-$(date +%F).txt
+#     mkdir -p benchmarks/results && benchmarks/gpu.sh > benchmarks/results/gpu-$(date +%F).txt
 #
 # Not run yet: no machine with a GPU could be had. Until its output is committed, no figure about a
-# GPU stands anywhere in this repository.
-set -euo pipefail
+# GPU stands anywhere in this repository. Not in it yet: a model of 8B, FP8, model runner V2.
+# What fails is named and does not keep the rest from running.
+set -uo pipefail
 cd "$(dirname "$0")/.."
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv || { echo "not run: no GPU"; exit 1; }
-make vllm
+make vllm || exit 1
 python=.venv-vllm/bin/python
 "$python" -c 'import torch, transformers, vllm; print(vllm.__version__, torch.__version__, transformers.__version__)'
 
 echo "== values: every family, mixed and squeezed, under CUDA graphs"
-"$python" -m pytest -q tests/vllm tests/engines -k vllm
+"$python" -m pytest -q tests/vllm tests/engines -k vllm --ignore tests/vllm/test_parallel.py || echo "FAILED: values"
 
-echo "== kernels per layer and time outside the graph"
-"$python" -m benchmarks.vllm_meter
+echo "== kernels per layer (Inductor on the CPU) and time outside the graph"
+"$python" -m benchmarks.vllm_meter || echo "FAILED: the meter alone"
 
 echo "== the whole service beside stock vllm serve, order turned every round"
-"$python" -m benchmarks.serving --rounds 5 --concurrency 1 8 64 256 --engine-args "--max-model-len 2048"
+"$python" -m benchmarks.serving --rounds 5 --concurrency 1 8 64 256 --engine-args "--max-model-len 2048" || echo "FAILED: serving"

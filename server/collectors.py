@@ -1,10 +1,9 @@
-"""What is read at the moment of a scrape: the engine's own totals, and vLLM's metrics."""
+"""What is read at the moment of a scrape: the engine's own totals."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -43,10 +42,3 @@ class EngineCollector(Collector):
             counter = CounterMetricFamily(f"hneurons_{name}", text, labels=["model_name"])
             counter.add_metric([self._model_name], value)
             yield counter
-
-
-class VllmCollector(Collector):
-    """`vllm:*` from the process's registry, where vLLM puts it, under its own names and labels."""
-
-    def collect(self) -> Iterator[Metric]:
-        return (family for family in REGISTRY.collect() if family.name.startswith("vllm:"))

@@ -22,7 +22,7 @@ from prometheus_client import (
 )
 
 from probes.probe import Probe
-from server.collectors import EngineCollector, VllmCollector
+from server.collectors import EngineCollector
 from server.engines.base import Health
 from server.monitor import RiskSummary, Status, Token, Unscored
 from server.policy import Ended
@@ -152,7 +152,6 @@ class Metrics:
             for value in values:
                 counter.labels(model_name, value)
         ProcessCollector(registry=self.registry)
-        self.registry.register(VllmCollector())
         if health is not None:
             self.registry.register(EngineCollector(model_name, health))
 

@@ -164,6 +164,10 @@ class Settings(BaseSettings):
             raise ValueError("ssl_keyfile and ssl_certfile belong together: give both or none")
         if self.vllm_args and self.engine != "vllm":
             raise ValueError("vllm_args: only `--engine vllm` takes them")
+        if self.engine == "vllm" and (self.device != "auto" or self.prefix_cache_tokens):
+            raise ValueError(
+                "device, prefix_cache_tokens: `--engine vllm` has its own; see its --vllm-args"
+            )
         if self.audit_text and self.audit_log is None:
             raise ValueError("audit_text: there is no audit_log to write it to")
         if "none" in self.probe and len(self.probe) > 1:

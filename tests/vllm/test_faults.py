@@ -6,7 +6,10 @@ which these tests do not need and which takes half a minute each.
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -64,3 +67,30 @@ def test_a_process_that_is_lost_ends_streams_and_server(server, victim, blow):
     assert watch.over()[-1] == 503
     assert server.wait(20) == 4
     assert_none_left(processes)
+
+
+def test_a_killed_server_leaves_no_process_behind(server):
+    """An engine without its server holds the device, and nobody can ask it to leave."""
+    processes = processes_of(server)
+    OpenStream(server, QUESTION, **LONG)
+    server.process.kill()
+    assert_none_left(processes)
+
+
+def test_a_cache_that_does_not_fit_is_refused_with_its_reason(demo_model_path):
+    """vLLM's own last word is "see root cause above", in a log that scrolls."""
+    words = ["--engine", "vllm", "--vllm-args", f"--kv-cache-memory-bytes 64T {TRACED}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "server", "demo", "--port", "0", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    _, log = process.communicate(timeout=300)
+    assert process.returncode > 0
+    sentence = log.strip().splitlines()[-1]
+    assert "vLLM did not start" in sentence
+    assert "memory" in sentence
+    assert "root cause" not in sentence
+    left = [p for p in psutil.process_iter() if p.pid and os.getsid(p.pid) == process.pid]
+    assert_none_left(left)

@@ -1,6 +1,8 @@
 """What the worker does to vLLM besides metering."""
 
 import math
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -18,3 +20,20 @@ def test_rows_that_are_not_numbers_are_found_and_masks_are_not(dtype):
     found = rows_with_nans(logits)
     assert found.tolist() == [0, 1, 0, 1, 0]
     assert found.dtype == torch.int32
+
+
+def test_a_step_that_puts_nothing_out_is_a_sign_of_life():
+    """A long prompt is read in chunks for a minute and more; the server took that for a hang."""
+    from server.engines.vllm.worker import _HandsOn
+
+    class Scheduler:
+        requests: ClassVar[dict[str, object]] = {}
+
+        def update_from_output(self, *_: object) -> dict[int, object]:
+            return {}
+
+    class HandsOn(_HandsOn, Scheduler):
+        pass
+
+    by_client = HandsOn().update_from_output(None, SimpleNamespace())
+    assert [outputs.outputs for outputs in by_client.values()] == [[]]

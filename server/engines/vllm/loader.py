@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,6 +28,7 @@ from server.engines.checkpoint import (
 )
 from server.engines.vllm.gate import check_signatures, check_version, refuse
 from server.engines.vllm.plan import MeterPlan
+from server.engines.vllm.processes import SERVER_PID
 from server.engines.vllm.refusal import hearing_why
 
 if TYPE_CHECKING:
@@ -39,14 +41,20 @@ if TYPE_CHECKING:
 WORKER = "server.engines.vllm.worker.OwnedWorker"
 METERED_WORKER = "server.engines.vllm.worker.MeteredWorker"
 SCHEDULER = "server.engines.vllm.worker.make_scheduler"
-OWN_OPTIONS = {  # of vLLM -> how this server calls them
+OWN_OPTIONS = {  # of vLLM -> how this server calls them; "": it sets them, and nobody else
     "model": "MODEL",
     "revision": "--revision",
+    "tokenizer": "",
     "dtype": "--dtype",
     "max_num_seqs": "--max-num-seqs",
     "max_num_queued_reqs": "--max-waiting-requests",
     "max_num_queued_tokens": "--max-waiting-tokens",
+    "max_logprobs": "",  # as many as the API allows
     "reasoning_parser": "--reasoning-parser",
+    "generation_config": "",
+    "worker_cls": "",
+    "scheduler_cls": "",
+    "additional_config": "",
 }
 KV_CACHE_BYTES_ON_CPU = 2**30  # vLLM alone would claim nearly all memory
 # Read by vLLM when it is imported and by its processes; what the operator has set stays.
@@ -106,15 +114,15 @@ def load_vllm_engine(
             hidden_size=found.hidden_size,
             suppression=suppression,
         )
+    words = shlex.split(vllm_args)
+    sets_length = _check_options(words, sets_length=max_model_len is not None)
     ours = ["--model", str(model_path), "--dtype", found.dtype, "--max-num-seqs", str(max_num_seqs)]
     if revision is not None:
         ours += ["--revision", revision]
     if reasoning_parser is not None:
         ours += ["--reasoning-parser", reasoning_parser]
-    if max_model_len is not None:
-        ours += ["--max-model-len", str(max_model_len)]
-    words = shlex.split(vllm_args)
-    _refuse_own_options(words)
+    if not sets_length:  # else -1: the model's own length, or what fits into the cache
+        ours += [f"--max-model-len={-1 if max_model_len is None else max_model_len}"]
     llm = _start(_engine_arguments([*words, *ours]), plan)
     from server.engines.vllm.engine import VllmEngine
 
@@ -153,13 +161,19 @@ def _identity_of(
     return found, eos_token_ids(model, tokenizer)
 
 
-def _refuse_own_options(words: list[str]) -> None:
-    """What is given to vLLM and not to this server would be lost, or known to one of them alone."""
+def _check_options(words: list[str], *, sets_length: bool) -> bool:
+    """Whether `words` set --max-model-len, which this server may have as well, but not both.
+
+    ModelError for an option that would be lost, or known to one of the two alone.
+    """
     given, default = _engine_arguments(words), _engine_arguments([])
-    for name, own in OWN_OPTIONS.items():
+    names = {**OWN_OPTIONS, **({"max_model_len": "--max-model-len"} if sets_length else {})}
+    for name, own in names.items():
         if getattr(given, name) != getattr(default, name):
             option = f"--{name.replace('_', '-')}"
-            raise ModelError(f"vllm_args: give {own} to this server instead of {option} to vLLM")
+            remedy = f"give {own} to this server instead" if own else "this server sets it"
+            raise ModelError(f"vllm_args: {option} is refused: {remedy}")
+    return bool(given.max_model_len != default.max_model_len)
 
 
 def _engine_arguments(words: list[str]) -> AsyncEngineArgs:
@@ -195,12 +209,14 @@ def _start(arguments: AsyncEngineArgs, plan: MeterPlan | None) -> AsyncLLM:
     is_sized = arguments.kv_cache_memory_bytes or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
     if current_platform.is_cpu() and not is_sized:
         arguments.kv_cache_memory_bytes = KV_CACHE_BYTES_ON_CPU
+    os.environ[SERVER_PID] = str(os.getpid())
     with _ending_children():
         try:
             config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)  # its defaults
             refuse(config)
             if plan is not None:
-                config.additional_config = plan
+                ranks = config.parallel_config.tensor_parallel_size
+                config.additional_config = replace(plan, ranks=ranks)
             with hearing_why():
                 return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
         except (ValueError, RuntimeError, OSError, NotImplementedError) as error:

@@ -45,6 +45,7 @@ class MeterPlan:
     intermediate_size: int
     hidden_size: int
     suppression: bool
+    ranks: int = 1  # of tensor parallelism
 
     def compute_hash(self) -> str:
         """What shapes the compiled graph, and nothing else.
@@ -52,9 +53,15 @@ class MeterPlan:
         vLLM makes this part of the key under which it keeps compiled graphs. Which neurons are read
         is data: another probe of the same shape finds the same graph.
         """
-        per_layer = torch.bincount(self.layer).tolist()
-        shape = (FORMULA_VERSION, per_layer, len(self.probes), self.suppression)
+        columns = int(torch.bincount(self.cells(self.ranks)).max())
+        shape = (FORMULA_VERSION, self.layers, columns, len(self.probes), self.suppression)
         return hashlib.sha256(repr(shape).encode()).hexdigest()
+
+    def cells(self, ranks: int) -> Tensor:
+        """`[neurons]` int64: rank * layers + layer, of the layers that are read."""
+        owner = self.neuron // (self.intermediate_size // ranks)
+        layer = torch.searchsorted(torch.tensor(self.layers), self.layer)
+        return owner * len(self.layers) + layer
 
     @cached_property
     def _flat(self) -> Tensor:
@@ -149,8 +156,8 @@ class Layout:
     def of(cls, plan: MeterPlan, *, rank: int, ranks: int) -> Layout:
         width = plan.intermediate_size // ranks
         owner, local = plan.neuron // width, plan.neuron % width
-        layer = torch.searchsorted(torch.tensor(plan.layers), plan.layer)
-        cell = owner * len(plan.layers) + layer
+        cell = plan.cells(ranks)
+        layer = cell % len(plan.layers)
         size = int(torch.bincount(cell).max())
         place = _place_in_run(cell)
         columns = torch.zeros(len(plan.layers), size, dtype=torch.int64)

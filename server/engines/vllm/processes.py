@@ -10,6 +10,7 @@ import psutil
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
+SERVER_PID = "HN_SERVER_PID"  # of the environment that the engine's process inherits
 SECONDS_TO_END = 1.0  # for their own farewell; then they are killed
 SECONDS_BETWEEN_LOOKS = 0.5  # at files of the kernel, which takes a tenth of a millisecond each
 
@@ -18,7 +19,9 @@ class EngineProcesses:
     """The engine's process and its workers, as they were when the engine was ready."""
 
     def __init__(self) -> None:
-        self._processes = psutil.Process().children(recursive=True)
+        children = psutil.Process().children(recursive=True)
+        # Python's tracker is no part of the engine: it tidies up shared memory after all others.
+        self._processes = [p for p in children if "resource_tracker" not in " ".join(p.cmdline())]
         self._next_look = 0.0
 
     def trouble(self) -> str:

@@ -99,9 +99,9 @@ class Tap:
         """vLLM's own method; of what it gives, the last output of each request goes on."""
         outputs = await self._get_output()
         now = time.monotonic()
+        self.seconds_total += now - self.last_step if self.readers else 0.0
+        self.last_step = now
         if outputs.outputs:
-            self.seconds_total += now - self.last_step
-            self.last_step = now
             self._take(outputs)
             outputs.outputs = [output for output in outputs.outputs if output.finished]
         return outputs

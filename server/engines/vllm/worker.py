@@ -27,6 +27,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from probes.errors import ModelError
 from server.engines.vllm.meter import Pending, Readings, WorkerMeter
 from server.engines.vllm.plan import EXTRA_ARGS_KEY, MeterPlan, Order
+from server.engines.vllm.processes import SERVER_PID
 from server.engines.vllm.refusal import leaving_why
 
 if current_platform.is_cpu():
@@ -47,11 +48,25 @@ class OwnedWorker(_Worker):
             super().load_model(load_dummy_weights=load_dummy_weights)
             self._prepare()
 
+    def init_device(self) -> None:
+        with leaving_why():
+            super().init_device()
+
     def determine_available_memory(self) -> int:
         """Where the model is compiled, and a cache that does not fit is refused."""
         with leaving_why():
             free: int = super().determine_available_memory()
             return free
+
+    def initialize_from_config(self, *args: Any, **kwargs: Any) -> None:
+        """Where the cache is made."""
+        with leaving_why():
+            super().initialize_from_config(*args, **kwargs)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Where graphs are captured."""
+        with leaving_why():
+            return super().compile_or_warm_up_model()
 
     def _prepare(self) -> None:
         """The model is loaded and not compiled yet."""
@@ -169,7 +184,8 @@ class _HandsOn:
             self._keep_chunks(segments, by_client)
             for outputs in by_client.values():
                 self._hand_on(outputs.outputs, segments)
-        return by_client
+        # A long prompt is read in many steps that put nothing out: no sign of life is a hang.
+        return by_client or {0: EngineCoreOutputs()}
 
     def _keep_chunks(self, segments: dict[str, Any], by_client: dict[int, Any]) -> None:
         """Prompts that are read as a whole: gather their readings until the request puts out."""
@@ -216,10 +232,10 @@ def _end_with_parent() -> None:
 
     Workers watch the engine's process themselves.
     """
-    parent = os.getppid()
+    server = int(os.environ[SERVER_PID])  # the parent may have left while the model was loaded
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == server:
             time.sleep(SECONDS_BETWEEN_LOOKS)
         os.kill(os.getpid(), signal.SIGKILL)
 

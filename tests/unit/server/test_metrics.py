@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import pytest
-from prometheus_client import REGISTRY, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 
 from probes.card import ReferenceRisks
@@ -141,18 +140,6 @@ def test_a_probe_that_is_gone_is_shown_no_more():
     metrics.show_probes([new])
     assert list(samples(metrics, "hneurons_probe_info")) == [(new.id, "read")]
     assert {key[0] for key in samples(metrics, "hneurons_reference_bin_ratio")} == {new.id}
-
-
-def test_metrics_of_vllm_pass_through_under_their_own_names():
-    """Dashboards for vLLM exist; renamed metrics would leave them empty."""
-    gauge = Gauge("vllm:num_requests_waiting", "Waiting.", ["engine"], registry=REGISTRY)
-    gauge.labels("0").set(3)
-    try:
-        page = Metrics(model_name="m").render().decode()
-        assert 'vllm:num_requests_waiting{engine="0"} 3.0' in page
-        assert "python_gc" not in page
-    finally:
-        REGISTRY.unregister(gauge)
 
 
 def test_edges_of_reference_risks_belong_to_the_bin_above():

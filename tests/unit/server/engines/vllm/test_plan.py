@@ -60,10 +60,34 @@ def test_no_column_stands_twice_and_padding_does_nothing(plan, ranks):
 def test_the_compiled_graph_is_shared_by_probes_of_one_shape(plan, tiny_probes):
     """The hash is part of vLLM's key for compiled graphs: it tells shapes apart, not neurons."""
     first = tiny_probes[0]
-    moved = replace(first, neuron=torch.where(first.neuron < 5, first.neuron, first.neuron))
-    assert replace(plan, probes=(moved, tiny_probes[1])).compute_hash() == plan.compute_hash()
+    moved = replace(
+        plan,
+        probes=tuple(
+            _placed(probe, probe.layer * WIDTH + (probe.neuron + 7) % WIDTH)
+            for probe in tiny_probes
+        ),
+    )
+    assert moved.neuron.tolist() != plan.neuron.tolist()
+    assert moved.compute_hash() == plan.compute_hash()
     assert replace(plan, suppression=False).compute_hash() != plan.compute_hash()
     assert replace(plan, probes=(first,)).compute_hash() != plan.compute_hash()
+
+
+def _placed(probe: Probe, flat: torch.Tensor) -> Probe:
+    """The same numbers at other neurons."""
+    ascending = flat.sort().values
+    return replace(probe, layer=ascending // WIDTH, neuron=ascending % WIDTH)
+
+
+def test_the_hash_tells_apart_how_many_columns_a_rank_has(plan, tiny_probes):
+    """Split over ranks, neurons of one layer may all lie on one of them, or not."""
+    first = tiny_probes[0]
+    rows = torch.arange(len(first.layer))  # all in layer 0
+    crowded = replace(plan, probes=(_placed(first, rows),), ranks=2)
+    halves = rows % 2 * (WIDTH // 2) + rows // 2
+    spread = replace(plan, probes=(_placed(first, halves),), ranks=2)
+    assert crowded.compute_hash() != spread.compute_hash()
+    assert replace(crowded, ranks=1).compute_hash() == replace(spread, ranks=1).compute_hash()
 
 
 def test_the_salt_tells_suppressed_caches_apart(plan):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -102,6 +103,15 @@ async def test_a_step_without_readings_gives_none_and_never_old_ones(tap, core, 
     await core.step(output("a", 7))
     assert not reader.readings
     assert (await reader.output()).new_token_ids == [7]
+
+
+async def test_a_step_that_puts_nothing_out_is_a_sign_of_life(tap, core):
+    """A prompt that takes a minute to read must not count as a hang."""
+    tap.readers["a"] = Reader(None, None, prompt_tokens=64)
+    tap.last_step -= 100
+    assert await core.step() == []
+    assert time.monotonic() - tap.last_step < 10
+    assert 100 <= tap.seconds_total < 110
 
 
 async def test_whoever_waits_is_told(tap, core):
