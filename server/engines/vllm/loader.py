@@ -97,6 +97,8 @@ def load_vllm_engine(
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     check_signatures()
+    words = shlex.split(vllm_args)
+    sets_length = _check_options(words, sets_length=max_model_len is not None)
     refuse_unreadable(model_path, revision=revision)
     tokenizer = load_tokenizer(model_path, revision=revision)
     parsers = None
@@ -114,8 +116,6 @@ def load_vllm_engine(
             hidden_size=found.hidden_size,
             suppression=suppression,
         )
-    words = shlex.split(vllm_args)
-    sets_length = _check_options(words, sets_length=max_model_len is not None)
     ours = ["--model", str(model_path), "--dtype", found.dtype, "--max-num-seqs", str(max_num_seqs)]
     if revision is not None:
         ours += ["--revision", revision]
