@@ -64,19 +64,21 @@ def choose_calibration(
     logits: Floats, hallucinated: NDArray[np.bool_], units: Sequence[str], *, seed: int
 ) -> tuple[Calibration, dict[str, float]]:
     """The method with the lowest Brier score on units that it was not fitted on, fitted on all
-    rows; and the score of each, infinite for a method that these logits rule out.
+    rows; and the score of each that these logits do not rule out.
 
     `logits` must come from probes that were not fitted on the same rows.
     """
     fold = np.array(folds(units, FOLDS, seed=seed))
     scores = {name: _held_out_brier(logits, hallucinated, fold, name) for name in METHODS}
     best = min(scores, key=lambda name: scores[name])
-    return METHODS[best](logits, hallucinated), scores
+    allowed = {name: score for name, score in scores.items() if math.isfinite(score)}
+    return METHODS[best](logits, hallucinated), allowed
 
 
 def _held_out_brier(
     logits: Floats, hallucinated: NDArray[np.bool_], fold: NDArray[np.int64], name: str
 ) -> float:
+    """Infinite for a method that these logits rule out."""
     risk = np.empty(len(logits))
     try:
         for held in np.unique(fold):

@@ -81,14 +81,26 @@ class ChatClient:
 
 @asynccontextmanager
 async def connect(
-    base_url: str, *, in_flight: int, api_key: str | None = None, model: str | None = None
+    base_url: str,
+    *,
+    in_flight: int,
+    api_key: str | None = None,
+    model: str | None = None,
+    trust_env: bool = True,
 ) -> AsyncIterator[ChatClient]:
-    """A client of the server at `base_url` (with or without /v1); `model`: its first one."""
+    """A client of the server at `base_url` (with or without /v1); `model`: its first one.
+
+    trust_env  obey proxy variables; False for a child server, which no proxy can reach
+    """
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     limits = httpx.Limits(max_connections=in_flight, max_keepalive_connections=in_flight)
     root = base_url.rstrip("/").removesuffix("/v1")
     async with httpx.AsyncClient(
-        base_url=root, headers=headers, limits=limits, timeout=REQUEST_SECONDS
+        base_url=root,
+        headers=headers,
+        limits=limits,
+        timeout=REQUEST_SECONDS,
+        trust_env=trust_env,
     ) as http:
         yield ChatClient(http, model or await _first_model(http))
 

@@ -84,7 +84,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
         if process.poll() is not None:
             raise ChildServerError("it did not come up")
         try:
-            if httpx.get(f"{url}/readyz", timeout=5.0).is_success:
+            if httpx.get(f"{url}/readyz", timeout=5.0, trust_env=False).is_success:
                 return
         except httpx.TransportError:
             pass  # not listening yet

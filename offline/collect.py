@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -21,8 +22,20 @@ from offline.chat_client import ChatClient, at_most, connect
 from offline.child_server import child_server
 from offline.models import load_tokenizer, short_name
 from offline.questions import Question
-from offline.records import Answer, Appender, Header, read_records, sort_records, versions
+from offline.records import (
+    Answer,
+    Appender,
+    Header,
+    RecordError,
+    read_records,
+    sort_records,
+    versions,
+)
 from probes.errors import HNeuronsError
+
+log = logging.getLogger(__name__)
+
+KEPT = ("question", "prompt", "gold", "group", "split")  # of a question in each of its answers
 
 
 class CollectError(HNeuronsError):
@@ -60,15 +73,46 @@ class Ask(NamedTuple):
 def missing(
     questions: Sequence[Question], path: Path, *, header: Header, samples: int
 ) -> list[Ask]:
-    """What is to be asked that `path` does not hold yet; repairs the tail of a killed run."""
+    """What is to be asked that `path` does not hold yet; repairs the tail of a killed run.
+
+    RecordError when `path` holds a question of `questions` otherwise than it stands there now.
+    """
     with Appender(path, header):
-        done = {answer.id for answer in read_records(path, Answer)[1]}
+        answers = read_records(path, Answer)[1]
+    _check_unchanged(questions, answers, path)
+    done = {answer.id for answer in answers}
     return [
         Ask(question, sample)
         for question in questions
         for sample in range(samples)
         if f"{question.id}/{sample}" not in done
     ]
+
+
+def _check_unchanged(questions: Sequence[Question], answers: Sequence[Answer], path: Path) -> None:
+    """Later verbs take a question from its answers: one that was edited meanwhile is refused, one
+    that is not asked any more is told of, since a run may ask its files one by one."""
+    question_of = {question.id: question for question in questions}
+    others: set[str] = set()
+    for answer in answers:
+        question = question_of.get(answer.question_id)
+        if question is None:
+            others.add(answer.question_id)
+            continue
+        for field in KEPT:
+            then, now = getattr(answer, field), getattr(question, field)
+            if then != now:
+                raise RecordError(
+                    f"{path}: question {question.id!r} was asked with {field} {then!r}, and now "
+                    f"has {now!r}; choose another --out folder, or delete its lines there to ask "
+                    f"it again"
+                )
+    if others:
+        log.warning(
+            "%s also holds the answers to %d questions that are not asked now, such as %r; they "
+            "count, unless their lines are deleted there",
+            *(path, len(others), min(others)),
+        )
 
 
 def ask_all(
@@ -107,6 +151,7 @@ def ask_all(
                     in_flight=in_flight,
                     done=len(asked) * sampling.samples - len(asks),
                     api_key=api_key,
+                    trust_env=bool(base_url),
                 )
             )
     sort_records(path, Answer)
@@ -122,6 +167,7 @@ async def collect(
     in_flight: int,
     done: int = 0,
     api_key: str | None = None,
+    trust_env: bool = True,
 ) -> None:
     """Append an answer to `path` for each of `asks`, in the order in which they come.
 
@@ -129,7 +175,9 @@ async def collect(
     stays. `done` answers are there already: the bar starts with them.
     """
     with Appender(path, header) as out:
-        async with connect(base_url, in_flight=in_flight, api_key=api_key) as client:
+        async with connect(
+            base_url, in_flight=in_flight, api_key=api_key, trust_env=trust_env
+        ) as client:
             with tqdm(total=done + len(asks), initial=done, unit="answer", desc="collect") as bar:
                 async for answer in at_most(
                     in_flight, asks, lambda ask: _answer(client, ask, sampling)

@@ -27,15 +27,15 @@ from offline.baselines import (
 from offline.best_of import best_of_rows
 from offline.curves import Curve
 from offline.dataset import Dataset
-from offline.domains import Place, alone, places
+from offline.domains import MIN_CLASS, Place, alone, places
 from offline.examples import answer_examples, answer_means
 from offline.extract import Kind
 from offline.features import IntArray
 from offline.fit import JUDGED, POOLINGS, FitResult, claim_means, mixture, pooled, response_mixture
 from offline.given_rows import Given, given_rows
 from offline.metrics import Floats
-from offline.records import Record, read_bytes, write_atomic
-from offline.tables import CALIBRATION, drawn, figure, flagged, ranked, table
+from offline.records import Record, RecordError, read_record, write_atomic
+from offline.tables import CALIBRATION, drawn, figure, flagged, has_both, ranked, table
 from probes.calibration import calibrate
 from probes.card import EvaluationRow, ReliabilityBin
 
@@ -59,13 +59,19 @@ Found = EvaluationRow | Curve
 class Evaluation(Record, frozen=True, kw_only=True):
     """The tables of the card."""
 
+    fit_sha256: str  # of the fit that was judged
     rows: tuple[EvaluationRow, ...]
     reliability: tuple[ReliabilityBin, ...]
     curves: tuple[Curve, ...]  # for the report; the card has the figures
 
+    def check(self, result: FitResult) -> None:
+        """RecordError unless these are the figures of `result`."""
+        if self.fit_sha256 != result.sha256:
+            raise RecordError("evaluation.json judges another fit than fit.json; `evaluate` again")
+
     @classmethod
     def load(cls, path: Path) -> Evaluation:
-        return msgspec.json.decode(read_bytes(path), type=cls)
+        return read_record(path, cls)
 
     def save(self, path: Path) -> None:
         write_atomic(path, msgspec.json.encode(self))
@@ -79,6 +85,7 @@ def evaluate(
 ) -> Evaluation:
     """Everything on part `test`; every source, those of part `transfer` too, on its own; on texts
     of others; and what choosing among `samples` of a question gains."""
+    result.check(data.features.header)
     held_out = np.flatnonzero(np.isin(data.part, ("test", "transfer")))
     logits = np.full((len(data.part), len(result.chosen.heads)), np.nan)
     logits[held_out] = result.chosen.logits(data.features, held_out)  # nan: must not be asked for
@@ -99,6 +106,7 @@ def evaluate(
     for row in rows:
         log.info("%-52s %-32s %-18s %.3f", row.dataset, row.detector, row.metric, row.value)
     return Evaluation(
+        fit_sha256=result.sha256,
         rows=rows,
         reliability=_reliability(data, result, logits),
         curves=tuple(row for row in found if isinstance(row, Curve)),
@@ -120,6 +128,9 @@ def _answer_scores(
 ) -> list[dict[str, Floats]]:
     """For each set of answers: detector -> `[answers]`. Every rival is fitted once, and what all of
     them read, most of the features, is read once."""
+    if not sets:
+        log.warning("no figures of whole answers: fewer than %d right or wrong ones", MIN_CLASS)
+        return []
     every = np.unique(np.concatenate(sets))
     examples = answer_examples(data, result.settings)
     seen = examples.x[: len(data.answered("fit"))]  # the rest are windows of prose
@@ -181,6 +192,8 @@ def _tokens(
     """Single tokens: wrong claims against every other judged token, and against right claims."""
     kind = data.features.kind
     rows = mixture(data, "test")
+    if not has_both("tokens", kind[rows] == Kind.WRONG):
+        return
     scores = {name: read(data.features, rows) for name, read in detectors.items()}
     draws = random_neurons(data, result, rows)
     smooth = _smoothed(data, logits, rows)
@@ -191,6 +204,8 @@ def _tokens(
     ):
         chosen = np.isin(kind[rows], kinds)
         wrong, units = kind[rows[chosen]] == Kind.WRONG, data.unit[rows[chosen]]
+        if not has_both(dataset, wrong):
+            continue
         for name, score in {**scores, f"probe, mean of {SMOOTHED} neighbours": smooth}.items():
             yield from ranked(dataset, name, wrong, score[chosen], units)
         yield from drawn(dataset, RANDOM, wrong, [draw[chosen] for draw in draws])
@@ -233,15 +248,18 @@ def _flagged_tokens(data: Dataset, result: FitResult, logits: Floats) -> Iterato
 
 def _claims(data: Dataset, logits: Floats) -> Iterator[Found]:
     """Mean token logit over the known claim, wrong against right: how well a span is ranked."""
+    dataset = "claims, unseen relations and questions"
     answers = data.located(data.even(data.answered("test")))
     wrong, units = data.hallucinated(answers), data.unit[data.first[answers]]
+    if not has_both(dataset, wrong):
+        return
     scores = {
         "probe": claim_means(data, logits, answers),
         "-logprob": claim_means(data, -data.features.logprob.astype(np.float64), answers),
         "entropy": claim_means(data, data.features.entropy.astype(np.float64), answers),
     }
     for name, score in scores.items():
-        yield from ranked("claims, unseen relations and questions", name, wrong, score, units)
+        yield from ranked(dataset, name, wrong, score, units)
 
 
 def _responses(data: Dataset, result: FitResult, logits: Floats) -> Iterator[Found]:
@@ -265,14 +283,16 @@ def _poolings(data: Dataset, result: FitResult, logits: Floats) -> Iterator[Foun
     answers, wrong = response_mixture(data, "test")
     units = data.unit[data.first[answers]]
     short = np.arange(len(answers)) < len(answers) - len(data.ordinary("test"))
+    sets = {
+        "pooling, short answers": short,
+        "pooling, short and ordinary long answers": np.ones(len(short), dtype=np.bool_),
+    }
+    sets = {dataset: of for dataset, of in sets.items() if has_both(dataset, wrong[of])}
     for pooling in POOLINGS:
         for head, name in enumerate(result.chosen.heads):
             score = pooled(data, logits[:, head], answers, pooling)
             detector = f"{name} head, {pooling.kind} {pooling.window}"
-            for dataset, of in (
-                ("pooling, short answers", short),
-                ("pooling, short and ordinary long answers", np.ones(len(short), dtype=np.bool_)),
-            ):
+            for dataset, of in sets.items():
                 yield from table(
                     {"auroc": metrics.auroc}, dataset, detector, wrong[of], score[of], units[of]
                 )

@@ -9,8 +9,9 @@ docs/decisions/two-heads.md.
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -24,7 +25,7 @@ from offline.extract import FeaturesHeader, Kind
 from offline.features import IntArray
 from offline.heads import HeadSettings, Weights, join, train, train_as_the_paper
 from offline.metrics import Bools, Floats, rank
-from offline.records import Record, RecordError, read_bytes, write_atomic
+from offline.records import Record, RecordError, read_record, write_atomic
 from offline.splits import SPLIT_SEED, Part, folds
 from probes.calibration import Calibration, OperatingPoint, calibrate, choose_operating_points
 from probes.spans import Pooling
@@ -69,7 +70,7 @@ class Trial(Record, frozen=True, kw_only=True):
     neurons: int  # of the largest fold
     penalty: dict[str, float]  # head -> its best L2 penalty at this budget
     figures: dict[str, float]  # see `_figures`; means over the folds
-    folds: tuple[float, ...]  # mean of the figures in each fold
+    folds: tuple[float, ...]  # mean of the figures in each fold that can judge, see `_telling`
 
     @property
     def merit(self) -> float:
@@ -98,9 +99,19 @@ class FitResult(Record, frozen=True, kw_only=True):
         """Index of the head that ranks whole responses."""
         return len(self.chosen.heads) - 1
 
+    @property
+    def sha256(self) -> str:
+        """Of the file that `save` writes: evaluation.json says by it which fit it judges."""
+        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
+
+    def check(self, features: FeaturesHeader) -> None:
+        """RecordError unless it was fitted on these features."""
+        if self.features != features:
+            raise RecordError("fit.json was made of other features than there are; `fit` again")
+
     @classmethod
     def load(cls, path: Path) -> FitResult:
-        return msgspec.json.decode(read_bytes(path), type=cls)
+        return read_record(path, cls)
 
     def save(self, path: Path) -> None:
         write_atomic(path, msgspec.json.encode(self))
@@ -112,6 +123,7 @@ def fit(data: Dataset, settings: FitSettings) -> FitResult:
     home = _fold_of_units(data, settings)
     rows = np.flatnonzero(data.part == "fit")
     fold = np.array([home[unit] for unit in data.unit[rows]])
+    telling = _telling(data, home, fold)
     budgets = [round(share * settings.max_neurons) for share in settings.budgets]
     drafts: list[list[list[Weights]]] = []  # [folds][budgets][penalties]
     held_out: Floats | None = None  # [rows, budgets, penalties, heads]
@@ -127,7 +139,7 @@ def fit(data: Dataset, settings: FitSettings) -> FitResult:
         held_out[fold == number] = read
         log.info("fold %d of %d is fitted", number + 1, settings.folds)
     assert held_out is not None
-    trials, logits = _judge(data, settings, tuple(examples), rows, fold, held_out, drafts)
+    trials, logits = _judge(data, settings, tuple(examples), rows, telling, held_out, drafts)
     best = choose(trials)
     every = {head: np.ones(len(one.unit), dtype=np.bool_) for head, one in examples.items()}
     final = train_design(examples, every, budgets[best : best + 1], settings)[0]
@@ -218,6 +230,22 @@ def _fold_of_units(data: Dataset, settings: FitSettings) -> dict[str, int]:
     return dict(zip(units, folds(units, settings.folds, seed=settings.seed), strict=True))
 
 
+def _telling(data: Dataset, home: Mapping[str, int], fold: IntArray) -> IntArray:
+    """`fold`, but -1 where it has no claims of both right and wrong answers: nothing can be ranked
+    there. RecordError when fewer than two are left, since choosing needs their spread."""
+    answers = data.located(data.answered("fit"))
+    of_answer = np.array([home[unit] for unit in data.unit[data.first[answers]]], np.int64)
+    wrong = data.hallucinated(answers)
+    both = np.intersect1d(of_answer[wrong], of_answer[~wrong])
+    if len(both) < 2:
+        raise RecordError(
+            f"{len(both)} of the folds of the part `fit` have claims of right and of wrong answers "
+            f"({int((~wrong).sum())} and {int(wrong.sum())} in all), two are needed; ask more "
+            f"questions, or of more groups"
+        )
+    return np.where(np.isin(fold, both), fold, -1)
+
+
 def _read_all(data: Dataset, rows: IntArray, drafts: Sequence[Sequence[Weights]]) -> Floats:
     """`[rows, budgets, penalties, heads]` logits; the features are read once for all of them."""
     columns = np.unique([column for draft in drafts for column in draft[0].columns])
@@ -270,7 +298,7 @@ def _judge(
 def _figures(
     data: Dataset, logits: Floats, rows: IntArray, fold: IntArray, head: str
 ) -> dict[str, Floats]:
-    """What a head is judged by, `[folds]` AUROCs each.
+    """What a head is judged by, `[folds]` AUROCs each; `fold` is that of `_telling`.
 
     token   claim tokens of wrong answers against all other judged ones; claims' means, wrong
             against right
@@ -281,7 +309,7 @@ def _figures(
     found: dict[str, list[float]] = {}
     answered = data.answered("fit")
     judged = data.rows("fit", *JUDGED)
-    for number in range(int(fold.max()) + 1):
+    for number in np.unique(fold[fold >= 0]):
         here = answered[home[data.first[answered]] == number]
         if head == ANSWER:
             mean = pooled(data, logits, here, Pooling("mean"))

@@ -23,6 +23,7 @@ HEDGED = "names an accepted answer as one of several"
 DENIED = "names an accepted answer and denies it"
 PART = "names an accepted answer as part of a longer name"
 LATE = "names an accepted answer after it has answered otherwise"
+NEITHER = "says neither yes nor no, or both"
 
 # First-person refusals and non-answers. A bare "cannot" is no abstention: "Penguins cannot fly".
 _ABSTENTIONS = re.compile(
@@ -40,6 +41,11 @@ _ABSTENTIONS = re.compile(
 )
 # "The country of Caen is not a place" claims nothing; frequent in small models.
 _EVASION = re.compile(r"\b(?:is|are|was|were)(?: not|n't)\b")
+_YES_OR_NO = frozenset((("yes",), ("no",)))
+_AUXILIARIES = frozenset(
+    """am is are was were do does did has have had can could will would shall should may might
+    must""".split()  # noqa: SIM905
+)
 _DENIALS = frozenset(("not", "never", "nor", "without", "unlike", "than", "instead"))
 _SENTENCE_END = re.compile(r"[.!?](?=\s)|\n")
 _ABBREVIATION = re.compile(r"\b[A-Z]\w{0,2}$")
@@ -90,6 +96,8 @@ def by_alias(case: Case) -> Judgement:
     aliases = usable_aliases(case.gold, case.question)
     if not aliases:
         return Judgement("unjudged", NO_ALIAS)
+    if _asks_yes_or_no(case.question) and not _YES_OR_NO.isdisjoint(aliases):
+        return _by_yes_or_no(case.text, aliases)
     found = words(case.text)
     spans = list(_alias_words(found, aliases))
     if not spans:
@@ -157,7 +165,8 @@ def usable_aliases(gold: Iterable[str], question: str) -> list[Alias]:
     """Accepted answers as word keys, without those that the question itself contains: repeating
     the question would be right.
 
-    One- and two-letter aliases stay only in capitals ("US", "A"), and are then found in capitals.
+    One- and two-letter aliases stay only in capitals ("US", "A"), and are then found in capitals;
+    but "no" answers a question that can be answered with it.
     """
     asked = [word.key for word in words(question)]
     usable: list[Alias] = []
@@ -168,6 +177,7 @@ def usable_aliases(gold: Iterable[str], question: str) -> list[Alias]:
             parts = parts[1:] if lower else parts  # "the SAP Center", but The Who
         keys = tuple(part.key for part in parts)
         short = len(keys) == 1 and len(keys[0]) <= 2 and keys[0].isascii() and keys[0].isalpha()
+        short = short and not (keys == ("no",) and _asks_yes_or_no(question))
         if not keys or contains(asked, keys) or (short and not parts[0].text.isupper()):
             continue
         usable.append((_capitals(parts[0]),) if short else keys)
@@ -195,6 +205,20 @@ def first_sentence(text: str) -> str:
         if match[0] != "." or not _ABBREVIATION.search(text, 0, match.start()):
             return text[: match.start()]
     return text
+
+
+def _by_yes_or_no(text: str, aliases: Sequence[Alias]) -> Judgement:
+    """By the yes or no that opens or ends the first sentence: "there is no doubt" says neither, and
+    what it does say no rule can tell."""
+    opening = [(word.key,) for word in words(first_sentence(text))]
+    said = _YES_OR_NO.intersection(opening[:1] + opening[-1:])
+    if len(said) != 1:
+        return Judgement("unjudged", NEITHER)
+    return Judgement("wrong" if said.isdisjoint(aliases) else "right")
+
+
+def _asks_yes_or_no(question: str) -> bool:
+    return any(word.text.casefold() in _AUXILIARIES for word in words(question)[:1])
 
 
 def _plain(text: str) -> str:

@@ -55,7 +55,11 @@ Agree = Annotated[
 ]
 WrongPerRight = Annotated[
     float | None,
-    typer.Option(min=0, help="wrong answers kept per right one of a group; 0: all (default 1.5)"),
+    typer.Option(
+        min=0,
+        help="wrong answers kept per right one of a source and style; 0: all (default 3; with "
+        "--paper 1)",
+    ),
 ]
 RightPerWrong = Annotated[float | None, typer.Option(min=0, help="the other way round (default 0)")]
 Position = Annotated[str, typer.Option(help="read or write: which pass a token is scored in")]

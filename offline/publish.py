@@ -60,12 +60,15 @@ def publish(
     loaded: LoadedModel,
     training: dict[str, str],
 ) -> Probe:
-    """Write the new folder; RecordError when the model is not the one whose features were fitted.
+    """Write the new folder; RecordError when model, features, fit and evaluation do not belong
+    together.
 
     `training` goes into the card as it is: data digests, labels, command, for people.
     """
     if loaded.identity != result.features.model:
         raise RecordError("the features were extracted from another model; extract and fit again")
+    result.check(data.features.header)
+    evaluation.check(result)
     ffns = find_ffns(loaded.model)
     card = ProbeCard(
         schema_version=SCHEMA_VERSION,
@@ -137,7 +140,7 @@ def training_facts(
         "answers": f"{sampling['samples']} per question, temperature {sampling['temperature']}, "
         f"top_p {sampling['top_p']}, top_k {sampling['top_k']}",
         "judge": f"{labels.settings['judge']}; {labels.settings['agree']} sample(s) agree; at most "
-        f"{labels.settings['wrong_per_right']} wrong answers per right one of a group",
+        f"{labels.settings['wrong_per_right']} wrong answers per right one of a source and style",
         "design": result.settings.design,
         "fitted on": ", ".join(f"{n} {kind}" for kind, n in result.examples.items()),
         "split": f"by relation where a source has ten or more, else by question: {TEST_SHARE:.0%} "

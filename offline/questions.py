@@ -1,7 +1,8 @@
 """Question files, and how a question is put to the model.
 
 A row needs `id` and either `question` + `answers` (a question that can be answered wrongly) or
-`prompt` (an ordinary prompt: stories, tips, small talk). `group` and `split` are optional.
+`prompt` (an ordinary prompt: stories, tips, small talk). `group` is optional, and so is the `split`
+of a prompt, which says its part; the part of a question is always drawn.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import NamedTuple, TypeVar
 import msgspec
 
 from offline.records import RecordError
+from offline.splits import OWN_SPLITS
 
 MAX_ROW_BYTES = 1_000_000
 T = TypeVar("T", bound=msgspec.Struct)
@@ -157,6 +159,11 @@ def _read_rows(path: Path) -> list[Row]:
             )
         if not all(answer.strip() for answer in row.answers):
             raise RecordError(f"{path}, line {number} ({row.id!r}): an accepted answer is empty")
+        if row.prompt and row.split not in ("", *OWN_SPLITS):
+            raise RecordError(
+                f"{path}, line {number} ({row.id!r}): split {row.split!r} is not one of "
+                f"{', '.join(OWN_SPLITS)}; leave it out to have one drawn"
+            )
         if row.id in seen:
             raise RecordError(f"{path}, line {number}: id {row.id!r} stands there twice")
         seen.add(row.id)

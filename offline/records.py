@@ -148,6 +148,14 @@ def read_bytes(path: Path) -> bytes:
         raise RecordError(f"{exc}; run the verb that writes {path.name} first") from exc
 
 
+def read_record(path: Path, kind: type[T]) -> T:
+    """The one record of an earlier verb's file; RecordError when another version wrote it."""
+    try:
+        return msgspec.json.decode(read_bytes(path), type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise RecordError(f"{path}: {exc}; run the verb that writes it again") from exc
+
+
 def read_records(path: Path, kind: type[T]) -> tuple[Header, list[T]]:
     """Header and records of a finished file; a torn tail or a bad line is a RecordError."""
     lines = read_bytes(path).split(b"\n")

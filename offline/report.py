@@ -30,7 +30,7 @@ from offline.records import (
     Label,
     Record,
     RecordError,
-    read_bytes,
+    read_record,
     read_records,
     write_atomic,
 )
@@ -126,7 +126,7 @@ class Report(Record, frozen=True, kw_only=True):
 
     @classmethod
     def load(cls, path: Path) -> Report:
-        return msgspec.json.decode(read_bytes(path), type=cls)
+        return read_record(path, cls)
 
     def save(self, path: Path) -> None:
         write_atomic(path, msgspec.json.encode(self))
@@ -135,7 +135,10 @@ class Report(Record, frozen=True, kw_only=True):
 def make_report(
     run: Path, result: FitResult, evaluation: Evaluation, data: Dataset, tokenizer: LoadedTokenizer
 ) -> Report:
-    """Gather it from the files of `run`, all of which must be there but sweep.json."""
+    """Gather it from the files of `run`, all of which must be there but sweep.json. RecordError
+    when they do not belong together."""
+    result.check(data.features.header)
+    evaluation.check(result)
     header, answers = read_records(run / "answers.jsonl", Answer)
     tokenizer.check(header, run / "answers.jsonl")
     _, labels = read_records(run / "labels.jsonl", Label)

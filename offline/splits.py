@@ -23,7 +23,7 @@ SPLIT_SEED = 1128  # of the shipped probe; chosen by date, before anything was f
 MIN_GROUPS = 10
 
 # What a question file itself calls the parts of its ordinary prompts.
-_OWN_SPLITS: dict[str, Part] = {"fit": "fit", "test": "test"}
+OWN_SPLITS: dict[str, Part] = {"fit": "fit", "test": "test"}
 
 
 def unit(answer: Answer, groups_of_source: int) -> str:
@@ -40,8 +40,8 @@ def assign(
     """`(answer id -> unit, answer id -> part)`.
 
     `transfer` names sources that are only evaluated on; of these, a question that another source
-    asks as well is excluded. Answers to ordinary prompts follow the
-    split that their file gives. Deterministic in the answers, whatever their order.
+    asks as well is excluded. Answers to ordinary prompts follow the split that their file gives;
+    without one a hash decides. Deterministic in the answers, whatever their order.
     """
     groups: dict[str, set[str]] = defaultdict(set)
     for answer in answers:
@@ -57,13 +57,15 @@ def assign(
             parts[answer.id] = "excluded" if _plain(answer) in asked else "transfer"
         elif answer.gold:
             parts[answer.id] = home(units[answer.id], seed)
+        elif not answer.split:
+            parts[answer.id] = home(_plain(answer), seed)  # one text is in one part
         else:
-            if answer.split not in _OWN_SPLITS:
+            if answer.split not in OWN_SPLITS:
                 raise RecordError(
                     f"ordinary prompt {answer.id!r} has split {answer.split!r}, expected one of "
-                    f"{', '.join(_OWN_SPLITS)}"
+                    f"{', '.join(OWN_SPLITS)}"
                 )
-            parts[answer.id] = _OWN_SPLITS[answer.split]
+            parts[answer.id] = OWN_SPLITS[answer.split]
     check_disjoint(answers, units, parts)
     return units, parts
 
@@ -98,7 +100,7 @@ def folds(units: Sequence[str], count: int, *, seed: int) -> list[int]:
 
 
 def home(unit: str, seed: int) -> Part:
-    """The part of a unit that has accepted answers."""
+    """The part of a unit whose file does not say it."""
     return "test" if _draw(unit, seed) < TEST_SHARE else "fit"
 
 

@@ -81,7 +81,7 @@ def sweep(
     if lacking:
         child = child_server(model, in_flight=in_flight, probes=[*map(str, paths.values())])
         with nullcontext(base_url) if base_url else child as url:
-            require_probes(url, probes, paths, api_key=api_key)
+            require_probes(url, probes, paths, api_key=api_key, trust_env=bool(base_url))
             asyncio.run(
                 ask_all(
                     lacking,
@@ -92,6 +92,7 @@ def sweep(
                     in_flight=in_flight,
                     done=len(wanted) - len(lacking),
                     api_key=api_key,
+                    trust_env=bool(base_url),
                 )
             )
     sort_records(answers, SweepAnswer)
@@ -116,13 +117,20 @@ def sweep(
 
 
 def require_probes(
-    base_url: str, probes: Mapping[str, Probe], paths: Mapping[str, Path], *, api_key: str | None
+    base_url: str,
+    probes: Mapping[str, Probe],
+    paths: Mapping[str, Path],
+    *,
+    api_key: str | None,
+    trust_env: bool = True,
 ) -> None:
     """SweepError unless the server holds exactly these probes: names can be given twice."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     root = base_url.rstrip("/").removesuffix("/v1")
     try:
-        response = httpx.get(f"{root}/v1/probes", headers=headers, timeout=30.0)
+        response = httpx.get(
+            f"{root}/v1/probes", headers=headers, timeout=30.0, trust_env=trust_env
+        )
         response.raise_for_status()
         served = {entry["id"] for entry in response.json()["data"]}
     except (httpx.HTTPError, ValueError, LookupError, TypeError) as exc:

@@ -147,10 +147,13 @@ async def ask_all(
     in_flight: int,
     done: int,
     api_key: str | None = None,
+    trust_env: bool = True,
 ) -> None:
     """Append an answer to `path` for each of `wanted`; `done` are there already."""
     with Appender(path, header) as out:
-        async with connect(base_url, in_flight=in_flight, api_key=api_key) as client:
+        async with connect(
+            base_url, in_flight=in_flight, api_key=api_key, trust_env=trust_env
+        ) as client:
             with tqdm(total=done + len(wanted), initial=done, unit="answer", desc="sweep") as bar:
                 async for answer in at_most(
                     in_flight, wanted, lambda ask: _answer(client, ask, settings)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from offline.behaviour import Item, verdict
 from offline.metrics import Figure, Floats
 from offline.perplexity import Surprise
-from offline.records import Header, Record, RecordError, SweepAnswer, read_bytes, write_atomic
+from offline.records import Header, Record, RecordError, SweepAnswer, read_record, write_atomic
 from offline.sweep_answers import NO_CHANGE, PROBED
 from probes.probe import Probe
 
@@ -84,7 +84,7 @@ class SweepFigures(Record, frozen=True, kw_only=True):
 
     @classmethod
     def load(cls, path: Path) -> SweepFigures:
-        return msgspec.json.decode(read_bytes(path), type=cls)
+        return read_record(path, cls)
 
     def save(self, path: Path) -> None:
         write_atomic(path, msgspec.json.encode(self))

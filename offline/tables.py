@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -12,6 +13,8 @@ from offline.curves import Curve, curve
 from offline.metrics import Bools, Floats, Metric
 from probes.calibration import OperatingPoint
 from probes.card import EvaluationRow
+
+log = logging.getLogger(__name__)
 
 Names = NDArray[np.str_]
 
@@ -28,10 +31,19 @@ CALIBRATION: dict[str, Metric] = {
 }
 
 
+def has_both(dataset: str, wrong: Bools) -> bool:
+    """False, and the log says why, for a data set that lacks a class: it has no figures."""
+    if wrong.any() and not wrong.all():
+        return True
+    log.warning("no figures of %r: %d of %d are hallucinated", dataset, wrong.sum(), len(wrong))
+    return False
+
+
 def ranked(
     dataset: str, detector: str, wrong: Bools, score: Floats, units: Names
 ) -> Iterator[EvaluationRow | Curve]:
-    """How well a detector ranks wrong above right; inside units too, where they have both."""
+    """How well a detector ranks wrong above right; inside units too, where they have both. The
+    data set has both, see `has_both`."""
     yield from table(RANKING, dataset, detector, wrong, score, units)
     yield curve(dataset, detector, wrong, score)
     within = metrics.auroc_within(wrong, score, units)
@@ -60,7 +72,7 @@ def flagged(
 ) -> Iterator[EvaluationRow]:
     """Share of the items that each operating point flags."""
     every = np.ones(len(risk), dtype=np.bool_)
-    for point in points if len(risk) else ():
+    for point in points:
         share: dict[str, Metric] = {f"flagged_at_{point.name}": metrics.mean_of_positives}
         over = (risk >= point.threshold).astype(np.float64)
         yield from table(share, dataset, "probe", every, over, units)
@@ -74,7 +86,9 @@ def table(
     score: Floats,
     units: Names,
 ) -> Iterator[EvaluationRow]:
-    """One row per metric, each with its interval."""
+    """One row per metric, each with its interval; none where there is nothing to measure."""
+    if not len(score):
+        return
     for name, found in metrics.with_intervals(wanted, positive, score, units).items():
         yield EvaluationRow(
             dataset=dataset,

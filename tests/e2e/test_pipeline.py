@@ -23,7 +23,7 @@ from offline.features import load_features
 from offline.fit import FitResult
 from offline.label import used
 from offline.models import load_model, load_tokenizer
-from offline.records import Answer, Label, read_records
+from offline.records import Answer, Label, read_records, write_records
 from offline.report import Report
 from offline.sweep_figures import SweepFigures
 from offline.transfer import Transfer
@@ -237,10 +237,31 @@ def test_collecting_again_asks_nothing_and_changes_nothing(
     assert (run / "answers.jsonl").read_bytes() == before
 
 
-def test_a_sweep_is_served_with_its_controls_and_goes_on_where_it_was(
-    run: Path, tiny_model: Path, tmp_path: Path
+def test_a_run_without_ordinary_prompts_ends_in_a_probe(
+    run: Path, tiny_model: Path, questions: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """Suppression and its control go the same way: artifacts, one server, `risk.alpha`."""
+    """The README's one line names none. It died in `evaluate`, when all else was done."""
+    header, answers = read_records(run / "answers.jsonl", Answer)
+    write_records(tmp_path / "answers.jsonl", header, [a for a in answers if a.gold])
+    arguments = ["train", str(tiny_model), "--out", str(tmp_path), "--name", "bare"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "RESAMPLES", 20)
+        result = CliRunner().invoke(
+            app, [*arguments, "--questions", f"{questions[0]}:complete", "--solver", "liblinear"]
+        )
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert Probe.load(tmp_path / "probe").card.name == "bare"
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_sweep_is_served_with_its_controls_and_goes_on_where_it_was(
+    run: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Suppression and its control go the same way: artifacts, one server, `risk.alpha`. A proxy
+    does not stand before a server of our own."""
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
     item = {"rule": "request", "messages": [{"role": "user", "content": "Tell me about e1"}]}
     tempts = tmp_path / "tempts.jsonl"
     tempts.write_text("".join(json.dumps({"id": f"i{n}", **item}) + "\n" for n in range(3)))

@@ -97,8 +97,11 @@ def load_vllm_engine(
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     check_signatures()
+    model = ["--model", str(model_path)]
+    if revision is not None:
+        model += ["--revision", revision]
     words = shlex.split(vllm_args)
-    sets_length = _check_options(words, sets_length=max_model_len is not None)
+    sets_length = _check_options(model, words, sets_length=max_model_len is not None)
     refuse_unreadable(model_path, revision=revision)
     tokenizer = load_tokenizer(model_path, revision=revision)
     parsers = None
@@ -116,9 +119,7 @@ def load_vllm_engine(
             hidden_size=found.hidden_size,
             suppression=suppression,
         )
-    ours = ["--model", str(model_path), "--dtype", found.dtype, "--max-num-seqs", str(max_num_seqs)]
-    if revision is not None:
-        ours += ["--revision", revision]
+    ours = [*model, "--dtype", found.dtype, "--max-num-seqs", str(max_num_seqs)]
     if reasoning_parser is not None:
         ours += ["--reasoning-parser", reasoning_parser]
     if not sets_length:  # else -1: the model's own length, or what fits into the cache
@@ -161,12 +162,12 @@ def _identity_of(
     return found, eos_token_ids(model, tokenizer)
 
 
-def _check_options(words: list[str], *, sets_length: bool) -> bool:
+def _check_options(model: list[str], words: list[str], *, sets_length: bool) -> bool:
     """Whether `words` set --max-model-len, which this server may have as well, but not both.
 
     ModelError for an option that would be lost, or known to one of the two alone.
     """
-    given, default = _engine_arguments(words), _engine_arguments([])
+    given, default = _engine_arguments([*model, *words]), _engine_arguments(model)
     names = {**OWN_OPTIONS, **({"max_model_len": "--max-model-len"} if sets_length else {})}
     for name, own in names.items():
         if getattr(given, name) != getattr(default, name):

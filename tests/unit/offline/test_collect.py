@@ -7,26 +7,31 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from offline.chat_client import ChatError
-from offline.child_server import ChildServerError, child_server
+from offline.child_server import ChildServerError, _wait_until_ready, child_server
 from offline.collect import (
     PAPER,
     Ask,
     CollectError,
     Sampling,
     answers_header,
+    ask_all,
     collect,
     missing,
     sampling,
 )
+from offline.models import LoadedTokenizer
 from offline.questions import Question
-from offline.records import Answer, Header, read_records, sort_records
+from offline.records import Answer, Header, RecordError, read_records, sort_records
 
 Reply = tuple[int, dict[str, str], dict[str, Any]]
 
@@ -161,6 +166,35 @@ async def test_a_second_run_asks_only_what_is_missing(
     assert sorted(answer.id for answer in answers) == sorted(f"set/ask/q{i}/0" for i in range(8))
 
 
+@pytest.mark.parametrize(
+    ("field", "edited"),
+    [("gold", ("x", "y")), ("group", "h"), ("split", "test"), ("prompt", "Q?"), ("question", "Q?")],
+)
+async def test_a_question_that_was_edited_is_not_taken_for_the_one_that_was_asked(
+    scripted: ScriptedServer, tmp_path: Path, field: str, edited: object
+) -> None:
+    """Corrected answers changed nothing, in silence: labels are made of what was asked."""
+    path, header = tmp_path / "a.jsonl", _header(Sampling())
+    await _collect(scripted, path, _questions(3))
+    before = path.read_bytes()
+    first, second, third = _questions(3)
+    second = second._replace(**{field: edited})
+    with pytest.raises(RecordError, match=rf"question 'set/ask/q1' was asked with {field} .*again"):
+        missing([first, second, third], path, header=header, samples=1)
+    assert path.read_bytes() == before
+
+
+async def test_a_question_that_is_asked_no_more_is_told_of(
+    scripted: ScriptedServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It still counts: files may be asked one by one, so it cannot be an error."""
+    path = tmp_path / "a.jsonl"
+    await _collect(scripted, path, _questions(3))
+    assert not caplog.text
+    await _collect(scripted, path, _questions(1))
+    assert "2 questions that are not asked now, such as 'set/ask/q1'" in caplog.text
+
+
 async def test_samples_of_a_question_have_seeds_of_their_own_that_do_not_depend_on_order(
     scripted: ScriptedServer, tmp_path: Path
 ) -> None:
@@ -278,6 +312,48 @@ async def test_what_is_no_openai_server_is_refused(tmp_path: Path) -> None:
             sampling=Sampling(),
             in_flight=1,
         )
+
+
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy that reaches nobody."""
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("proxy")
+def test_a_server_of_our_own_is_asked_without_the_proxy(
+    scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loopback through a proxy: ten minutes, then "not ready"."""
+    monkeypatch.setattr("offline.child_server.START_SECONDS", 1.0)
+    process = SimpleNamespace(poll=lambda: None)
+    _wait_until_ready(process, scripted.url)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("proxy")
+def test_a_proxy_stands_before_the_server_that_is_named_and_not_before_our_own(
+    scripted: ScriptedServer,
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded = LoadedTokenizer(tokenizer, "t", "c")
+    monkeypatch.setattr("offline.collect.load_tokenizer", lambda *args, **kwargs: loaded)
+    monkeypatch.setattr("offline.collect.child_server", lambda *a, **kw: nullcontext(scripted.url))
+
+    def ask(base_url: str | None) -> None:
+        ask_all(
+            "m", tmp_path, _questions(2), Sampling(), base_url=base_url, revision=None,
+            in_flight=2, model_dtype="auto", api_key=None,
+        )  # fmt: skip
+
+    with pytest.raises(ChatError, match="no OpenAI-compatible server"):
+        ask(scripted.url)
+    ask(None)
+    assert len(read_records(tmp_path / "answers.jsonl", Answer)[1]) == 2
 
 
 def test_a_server_that_does_not_come_up_says_why(tmp_path: Path) -> None:

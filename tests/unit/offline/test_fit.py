@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -17,7 +18,7 @@ from offline import metrics
 from offline.baselines import RANDOM_DRAWS, random_neurons, token_detectors
 from offline.best_of import best_of_rows
 from offline.dataset import Dataset, join
-from offline.evaluate import RANDOM, evaluate
+from offline.evaluate import RANDOM, Evaluation, evaluate
 from offline.examples import answer_examples, claim_examples, token_examples
 from offline.extract import SHARD_KEY, WHOLE, FeaturesHeader, Kind, ShardInfo
 from offline.features import load_features
@@ -25,6 +26,7 @@ from offline.fit import (
     FitResult,
     FitSettings,
     Trial,
+    _fold_of_units,
     choose,
     fit,
     make_examples,
@@ -35,7 +37,9 @@ from offline.given_rows import Given, given_rows
 from offline.given_text import Fact, GivenText
 from offline.heads import LOGIT_SPREAD, HeadSettings, weigh
 from offline.l1_path import l1_path, standardise
+from offline.publish import publish
 from offline.records import Answer, Label, RecordError
+from offline.report import make_report
 from probes.calibration import calibrate
 from probes.card import ModelIdentity
 from probes.cett import FORMULA_VERSION
@@ -47,6 +51,7 @@ PLANTED = (7, 40, 41, 100)
 SETTINGS = FitSettings(
     seed=0, heads=HeadSettings(solver="liblinear"), max_neurons=40, folds=3, window=8
 )
+QUICK = HeadSettings(solver="liblinear", strengths=(0.05,), penalties=(0.03,))
 
 
 def test_a_folded_probe_reads_raw_features_as_the_fit_reads_scaled_ones(data: Dataset) -> None:
@@ -227,6 +232,30 @@ def test_the_sparsest_within_one_standard_error_of_the_best_is_chosen() -> None:
     assert choose(trials[::2]) == 1
 
 
+def test_a_fold_of_one_class_judges_no_budget_and_the_result_comes_back(
+    data: Dataset, tmp_path: Path
+) -> None:
+    """Its AUROC is nan: the first penalty would be the best, and fit.json could not be read."""
+    settings = msgspec.structs.replace(SETTINGS, heads=QUICK)
+    result = fit(_without_right(data, folds=1), settings)
+    assert {len(trial.folds) for trial in result.trials} == {2}
+    assert np.isfinite([value for t in result.trials for value in t.figures.values()]).all()
+    result.save(tmp_path / "fit.json")
+    assert FitResult.load(tmp_path / "fit.json") == result
+
+
+def test_folds_that_cannot_judge_are_refused_before_anything_is_fitted(data: Dataset) -> None:
+    with pytest.raises(RecordError, match=r"1 of the folds .* ask more"):
+        fit(_without_right(data, folds=2), SETTINGS)
+
+
+def test_a_method_without_a_score_leaves_a_file_that_can_be_read(tmp_path: Path) -> None:
+    """JSON makes null of an infinite score; the reader then ended in a traceback."""
+    (tmp_path / "fit.json").write_text('{"calibrations": {"token": {"platt": null}}}')
+    with pytest.raises(RecordError, match=r"fit\.json.*run the verb that writes it again"):
+        FitResult.load(tmp_path / "fit.json")
+
+
 def test_settings_and_result_come_back_from_their_file(data: Dataset, tmp_path: Path) -> None:
     """Trap 11: two of the reference's flags could not be switched off."""
     settings = FitSettings(
@@ -272,6 +301,59 @@ def test_the_evaluation_has_every_baseline_on_the_same_items_with_intervals(
     assert {found.level for found in table.reliability} == {"token", "response"}
 
 
+def test_a_data_set_that_lacks_a_class_has_no_rows_and_the_log_says_so(
+    tmp_path: Path,
+    make_answer: MakeAnswer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Without ordinary prompts `train` died in its sixth verb, hours after it had begun."""
+    monkeypatch.setattr(metrics, "RESAMPLES", 2)
+    data = _dataset(tmp_path, make_answer, ordinary=0)
+    table = evaluate(data, fit(data, msgspec.structs.replace(SETTINGS, heads=QUICK)))
+    lacking = "tokens, wrong claims against ordinary long answers"
+    assert lacking in caplog.text
+    assert lacking not in {row.dataset for row in table.rows}
+    assert "tokens, wrong against right claims" in {row.dataset for row in table.rows}
+    assert np.isfinite([row.value for row in table.rows]).all()
+    table.save(tmp_path / "evaluation.json")
+    assert Evaluation.load(tmp_path / "evaluation.json") == table
+
+
+def test_a_test_part_of_one_class_has_no_ranking(
+    data: Dataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A small run may have no right answer there; what can be said is said."""
+    monkeypatch.setattr(metrics, "RESAMPLES", 2)
+    result = fit(data, msgspec.structs.replace(SETTINGS, heads=QUICK))
+    table = evaluate(_all_wrong(data, data.answered("test")), result)
+    for dataset in ("tokens", "claims", "pooling, short answers", "whole answers"):
+        assert f"no figures of {dataset}" in caplog.text.replace("'", "")
+    assert np.isfinite([row.value for row in table.rows]).all()
+    assert "tokens of wrong claims" in {row.dataset for row in table.rows}
+
+
+def test_files_that_do_not_belong_together_are_refused(data: Dataset, tmp_path: Path) -> None:
+    """After a second `fit` a probe was published with the figures of the first."""
+    result = fit(data, msgspec.structs.replace(SETTINGS, heads=QUICK))
+    table = Evaluation(fit_sha256=result.sha256, rows=(), reliability=(), curves=())
+    table.check(result)
+    again = msgspec.structs.replace(result, penalty={"token": 1.0, "answer": 1.0})
+    with pytest.raises(RecordError, match=r"another fit than fit\.json; `evaluate` again"):
+        table.check(again)
+    with pytest.raises(RecordError, match="another fit"):
+        make_report(tmp_path, again, table, data, None)  # type: ignore[arg-type]
+    with pytest.raises(RecordError, match="another fit"):
+        publish(
+            tmp_path / "probe", name="p", result=again, evaluation=table, data=data,
+            loaded=SimpleNamespace(identity=again.features.model), training={},  # type: ignore[arg-type]
+        )  # fmt: skip
+    other = msgspec.structs.replace(result.features, labels_sha256="of other labels")
+    stale = msgspec.structs.replace(result, features=other)
+    with pytest.raises(RecordError, match="other features than there are; `fit` again"):
+        evaluate(data, stale)
+
+
 def test_a_baseline_sees_the_same_rows_as_the_probe(data: Dataset) -> None:
     result = fit(data, SETTINGS)
     rows = data.rows("test", Kind.WRONG, Kind.RIGHT)
@@ -282,13 +364,30 @@ def test_a_baseline_sees_the_same_rows_as_the_probe(data: Dataset) -> None:
     assert random_neurons(data, result, rows).shape == (RANDOM_DRAWS, len(rows))
 
 
+def _all_wrong(data: Dataset, answers: Sequence[int] | np.ndarray) -> Dataset:
+    """`data` with other verdicts: `answers` are wrong."""
+    kind, labels = data.features.kind.copy(), list(data.labels)
+    for i in answers:
+        kind[data.claim_rows(i)] = Kind.WRONG
+        labels[i] = _label(labels[i].id, "wrong")
+    return dataclasses.replace(with_kinds(data, kind), labels=tuple(labels))
+
+
+def _without_right(data: Dataset, *, folds: int) -> Dataset:
+    """`data` in which so many of its folds have no right answer."""
+    home = _fold_of_units(data, SETTINGS)
+    answers = data.answered("fit")
+    fold = np.array([home[unit] for unit in data.unit[data.first[answers]]])
+    return _all_wrong(data, answers[fold < folds])
+
+
 def with_kinds(data: Dataset, kind: np.ndarray) -> Dataset:
     """`data` with other kinds of tokens."""
     return dataclasses.replace(data, features=dataclasses.replace(data.features, kind=kind))
 
 
-def _dataset(folder: Path, make_answer: MakeAnswer) -> Dataset:
-    """40 relations of 6 answers of 5 tokens, the last of them the claim; 9 ordinary answers.
+def _dataset(folder: Path, make_answer: MakeAnswer, *, ordinary: int = 9) -> Dataset:
+    """40 relations of 6 answers of 5 tokens, the last of them the claim; and ordinary answers.
 
     Planted neurons fire on the claims of wrong answers only.
     """
@@ -306,7 +405,7 @@ def _dataset(folder: Path, make_answer: MakeAnswer) -> Dataset:
             verdict = "wrong" if wrong else "right"
             labels.append(_label(id, verdict))
             kinds.append([Kind.SCAFFOLD] * 4 + [Kind.WRONG if wrong else Kind.RIGHT])
-    for i in range(9):
+    for i in range(ordinary):
         id = f"prose/ordinary/p{i}/0"
         split = ("fit", "fit", "test")[i % 3]
         answers.append(make_answer(question=f"Tell {i}", gold=(), id=id, source="p", split=split))

@@ -10,6 +10,7 @@ from offline.judge import (
     HEDGED,
     LATE,
     NEAR,
+    NEITHER,
     NO_ALIAS,
     PART,
     Case,
@@ -119,6 +120,35 @@ def test_what_cannot_be_told_is_neither_right_nor_wrong(
 ) -> None:
     """A label that is a guess teaches the guess; each reason is counted apart."""
     assert by_alias(_case(text)) == Judgement(verdict, reason)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("No.", "no"),
+        ("no", "no"),
+        ("No, it is a fish.", "no"),
+        ("The answer is no.", "no"),
+        ("Yes, there is no doubt.", "yes"),
+        ("There is no doubt.", ""),
+        ("It is not.", ""),
+        ("Yes and no", ""),
+        ("It is a fish.", ""),
+    ],
+)
+@pytest.mark.parametrize("gold", ["no", "No", "yes", "No, it is a fish|No"])
+def test_a_yes_or_no_question_is_decided_by_what_opens_or_ends_the_answer(
+    text: str, said: str, gold: str
+) -> None:
+    """ "No" was dropped as a short alias, so that half of such questions could not be used."""
+    verdict = "right" if said == gold[-3:].strip("|").lower() else "wrong"
+    expected = Judgement(verdict) if said else Judgement("unjudged", NEITHER)  # type: ignore[arg-type]
+    assert by_alias(_case(text, gold, "Does the whale have gills?")) == expected
+
+
+def test_no_is_no_answer_where_it_cannot_be_one() -> None:
+    """An alias of Noh drama: "there is no such word" would be right."""
+    assert usable_aliases(["No", "Noh"], "Which drama is masked?") == [("noh",)]
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def test_a_method_that_the_logits_rule_out_is_not_taken() -> None:
     logits = random.normal(size=2000) + 5
     rare = random.random(2000) < 1 / (1 + np.exp(-(logits - 8)))
     fitted, scores = choose_calibration(logits, rare, [str(i % 50) for i in range(2000)], seed=0)
-    assert scores["temperature"] == np.inf
+    assert set(scores) == {"platt", "isotonic"}  # a file of JSON could not hold an infinite score
     assert calibrate(fitted, logits).mean() == pytest.approx(rare.mean(), abs=0.01)
 
 

@@ -69,6 +69,7 @@ def test_a_statement_prefix_becomes_a_question_where_its_form_allows(tmp_path: P
         ({"id": "a", "prompt": "P", "question": "Q?", "answers": ["x"]}, "or a prompt"),
         ({"id": "first", "question": "Q?", "answers": ["x"]}, "stands there twice"),
         ({"question": "Q?", "answers": ["x"]}, "line 2"),
+        ({"id": "a", "prompt": "P", "split": "dev"}, "split 'dev' is not one of fit, test; leave"),
         ({"id": "a", "question": "Q" * 2_000_000, "answers": ["x"]}, "bytes, more than"),
     ],
 )

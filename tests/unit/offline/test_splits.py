@@ -104,11 +104,20 @@ def test_a_transfer_question_that_is_also_fitted_on_is_excluded(make_answer: Mak
     assert [parts[answer.id] for answer in answers][1:] == ["excluded", "transfer"]
 
 
-def test_ordinary_prompts_follow_their_file(make_answer: MakeAnswer) -> None:
+def test_ordinary_prompts_follow_their_file_or_a_hash(make_answer: MakeAnswer) -> None:
+    """`split` is optional: without it a run died in `label`, when all was collected."""
     answers = [
         make_answer("x", f"Tell {split}", (), id=f"p/ordinary/{split}/0", split=split)
         for split in ("fit", "test")
     ]
     assert list(assign(answers, transfer=frozenset(), seed=0)[1].values()) == ["fit", "test"]
+    texts = [f"Tell me about {letter}" for letter in "abcdefghijklmnopqrstuvwxyz"] * 2
+    drawn = [
+        make_answer("x", text, (), id=f"p/ordinary/{i}/0", source="p")
+        for i, text in enumerate(texts)
+    ]
+    parts = list(assign(drawn, transfer=frozenset(), seed=0)[1].values())
+    assert set(parts) == {"fit", "test"}
+    assert parts[:26] == parts[26:]  # or the same prompt would be fitted on and judge
     with pytest.raises(RecordError, match="nowhere"):
         assign([make_answer("x", "T", (), split="nowhere")], transfer=frozenset(), seed=0)
