@@ -142,6 +142,20 @@ async def test_an_error_of_vllm_reaches_whoever_waits(engine, llm, is_dead):
     assert engine.health().alive is not is_dead
 
 
+async def test_an_error_after_the_last_output_does_not_spoil_the_answer(engine, llm):
+    """vLLM has written all of it; only its reader is slow."""
+    steps = engine.generate(request_of())
+    first = asyncio.ensure_future(anext(steps))
+    await llm.put_out(7)
+    await first
+    await llm.put_out(8, finish=0)
+    llm.collectors["hn0"].put(ValueError("a bug"))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert [step.token_id async for step in steps] == [8]
+    assert llm.aborted == []
+
+
 async def test_what_vllm_refuses_is_an_error_of_the_request(engine, llm):
     llm.refusal = ValueError("no such thing")
     with pytest.raises(RequestFailedError, match="no such thing"):
