@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from offline.chat_client import ChatClient, at_most, connect
 from offline.child_server import child_server
-from offline.models import load_tokenizer, short_name
+from offline.models import LoadedTokenizer, load_tokenizer, short_name
 from offline.questions import Question
 from offline.records import (
     Answer,
@@ -131,8 +131,7 @@ def ask_all(
     tokenizer = load_tokenizer(model, revision=revision)
     header = answers_header(
         short_name(model),
-        tokenizer_sha256=tokenizer.tokenizer_sha256,
-        chat_template_sha256=tokenizer.chat_template_sha256,
+        tokenizer=tokenizer,
         sampling=sampling,
         libraries=versions(),
     )
@@ -189,8 +188,7 @@ async def collect(
 def answers_header(
     model_id: str,
     *,
-    tokenizer_sha256: str,
-    chat_template_sha256: str,
+    tokenizer: LoadedTokenizer,
     sampling: Sampling,
     libraries: dict[str, str],
 ) -> Header:
@@ -198,8 +196,9 @@ def answers_header(
     return Header(
         kind="answers",
         model_id=model_id,
-        tokenizer_sha256=tokenizer_sha256,
-        chat_template_sha256=chat_template_sha256,
+        model_revision=tokenizer.revision,
+        tokenizer_sha256=tokenizer.tokenizer_sha256,
+        chat_template_sha256=tokenizer.chat_template_sha256,
         settings={key: str(value) for key, value in asdict(sampling).items() if value is not None},
         libraries=libraries,
     )

@@ -119,14 +119,15 @@ def join(
     transfer: frozenset[str],
     seed: int,
 ) -> Dataset:
-    """Rows with their answer, label and part. Only answers that gave rows are split."""
+    """Rows with their answer, label and part. All answers are split, as `label` splits them: what
+    gave no rows still counts among the groups of its source."""
     answer_of = {answer.id: answer for answer in answers}
     label_of = {label.id: label for label in labels}
     missing = [id for id in features.ids if id not in answer_of or id not in label_of]
     if missing:
         raise RecordError(f"features of {missing[0]!r} have no answer or label; extract again")
     kept = tuple(answer_of[id] for id in features.ids)
-    units, parts = assign(kept, transfer=transfer, seed=seed)
+    units, parts = assign(answers, transfer=transfer, seed=seed)
     counts = np.bincount(features.answer, minlength=len(kept))
     if (np.diff(features.answer) < 0).any() or (counts == 0).any():
         raise RecordError("the rows of an answer must stand together; extract again")

@@ -19,7 +19,15 @@ from offline import answer_spans
 from offline.answer_spans import CharSpan, Located
 from offline.ask_model import Asked, LanguageModelJudge, claims
 from offline.choice import WRONG_PER_RIGHT, apply_agreement, balance
-from offline.judge import RULES, Case, Judge, Judgement, RuleJudge, usable_aliases
+from offline.judge import (
+    RULES,
+    Case,
+    Judge,
+    Judgement,
+    RuleJudge,
+    first_sentence,
+    usable_aliases,
+)
 from offline.judge_by_inference import InferenceJudge
 from offline.records import (
     Answer,
@@ -39,6 +47,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+CUT_OFF = "is cut off before it claims anything"
 ROUND_TRIP = "token ids do not decode to the text"
 JUDGES = (*RULES, "llm", "nli")
 SPANS = ("rule", "llm")
@@ -216,8 +225,17 @@ def used(labels: Iterable[Label]) -> list[Label]:
 
 def _judged(answers: Sequence[Answer], judge: Judge) -> dict[str, Judgement]:
     """Judgements of the answers that have accepted answers."""
-    cases = [Case(a.id, a.question, a.gold, a.text) for a in answers if a.gold]
-    return {case.id: said for case, said in zip(cases, judge.judge(cases), strict=True)}
+    asked = [answer for answer in answers if answer.gold]
+    said = judge.judge([Case(a.id, a.question, a.gold, a.text) for a in asked])
+    return {a.id: unless_cut_off(a, verdict) for a, verdict in zip(asked, said, strict=True)}
+
+
+def unless_cut_off(answer: Answer, said: Judgement) -> Judgement:
+    """What a sentence would have claimed is not known when the limit of tokens ended it first."""
+    is_open = first_sentence(answer.text) == answer.text and answer.finish_reason == "length"
+    if said.verdict == "wrong" and is_open and locate(answer, "wrong") is None:
+        return Judgement("unjudged", CUT_OFF)
+    return said
 
 
 def _located_by_model(

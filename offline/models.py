@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from huggingface_hub import try_to_load_from_cache
+
 from offline.records import Header, RecordError
 from probes.card import ModelIdentity
 from probes.errors import ModelError
@@ -21,9 +23,12 @@ class LoadedTokenizer(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     tokenizer_sha256: str
     chat_template_sha256: str
+    revision: str = ""  # commit of a hub id; "" for a folder, which fits any
 
     def check(self, header: Header, path: Path) -> None:
-        """RecordError when `path`, which opens with `header`, was made with another tokenizer."""
+        """RecordError when `path`, which opens with `header`, was made with another tokenizer or
+        commit."""
+        header.check_revision(self.revision, path)
         for field in ("tokenizer_sha256", "chat_template_sha256"):
             mine, theirs = getattr(self, field), getattr(header, field)
             if mine != theirs:
@@ -54,7 +59,20 @@ def load_tokenizer(model: str, *, revision: str | None) -> LoadedTokenizer:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision or "main")
     except (OSError, ValueError) as exc:
         raise ModelError(f"no tokenizer in {model!r}: {exc}") from exc
-    return LoadedTokenizer(tokenizer, tokenizer_sha256(tokenizer), chat_template_sha256(tokenizer))
+    return LoadedTokenizer(
+        tokenizer,
+        tokenizer_sha256(tokenizer),
+        chat_template_sha256(tokenizer),
+        _commit(model, revision),
+    )
+
+
+def _commit(model: str, revision: str | None) -> str:
+    """The commit that a hub id has just been read from; "" for a folder."""
+    if Path(model).is_dir():
+        return ""
+    cached = try_to_load_from_cache(model, "tokenizer_config.json", revision=revision)
+    return Path(cached).parent.name if isinstance(cached, str) else ""
 
 
 def load_model(

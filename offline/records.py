@@ -40,6 +40,7 @@ class Header(Record, frozen=True, kw_only=True):
 
     kind: Literal["answers", "labels", "given", "replies", "sweep"]
     model_id: str  # for people, not compared: a folder and a hub id may hold the same model
+    model_revision: str = ""  # commit of a hub id; "" for a folder, which fits any
     tokenizer_sha256: str
     chat_template_sha256: str
     formula_version: int = FORMULA_VERSION
@@ -61,6 +62,16 @@ class Header(Record, frozen=True, kw_only=True):
                     f"{path} was made with {field} {theirs!r}, this run has {mine!r}; "
                     f"choose another --out folder or repeat the run with the old settings"
                 )
+        other.check_revision(self.model_revision, path)
+
+    def check_revision(self, here: str, path: Path) -> None:
+        """RecordError when `path`, which opens with this header, was made with another commit than
+        `here`."""
+        if self.model_revision and here and self.model_revision != here:
+            raise RecordError(
+                f"{path} was made with revision {self.model_revision} of {self.model_id}, not with "
+                f"{here}; give --revision {self.model_revision} or choose another --out folder"
+            )
 
 
 class Answer(Record, frozen=True, kw_only=True):

@@ -40,8 +40,9 @@ def assign(
     """`(answer id -> unit, answer id -> part)`.
 
     `transfer` names sources that are only evaluated on; of these, a question that another source
-    asks as well is excluded. Answers to ordinary prompts follow the split that their file gives;
-    without one a hash decides. Deterministic in the answers, whatever their order.
+    asks as well is excluded. So is, from the fit, a question that the test asks in another unit.
+    Answers to ordinary prompts follow the split that their file gives; without one a hash decides.
+    Deterministic in the answers, whatever their order.
     """
     groups: dict[str, set[str]] = defaultdict(set)
     for answer in answers:
@@ -66,6 +67,10 @@ def assign(
                     f"{', '.join(OWN_SPLITS)}"
                 )
             parts[answer.id] = OWN_SPLITS[answer.split]
+    tested = {_plain(answer) for answer in answers if parts[answer.id] == "test"}
+    for answer in answers:
+        if parts[answer.id] == "fit" and _plain(answer) in tested:
+            parts[answer.id] = "excluded"
     check_disjoint(answers, units, parts)
     return units, parts
 

@@ -93,6 +93,7 @@ def sweep_header(
     return Header(
         kind="sweep",
         model_id=model_id,
+        model_revision=tokenizer.revision,
         tokenizer_sha256=tokenizer.tokenizer_sha256,
         chat_template_sha256=tokenizer.chat_template_sha256,
         settings={

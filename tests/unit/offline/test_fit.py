@@ -364,6 +364,24 @@ def test_a_baseline_sees_the_same_rows_as_the_probe(data: Dataset) -> None:
     assert random_neurons(data, result, rows).shape == (RANDOM_DRAWS, len(rows))
 
 
+def test_answers_without_rows_count_among_the_groups_of_their_source(
+    data: Dataset, make_answer: MakeAnswer
+) -> None:
+    """`label` keeps what was asked where a probe is judged, by its own split: the later verbs must
+    split alike."""
+    seen = [msgspec.structs.replace(a, group=f"r{i % 6}") for i, a in enumerate(data.answers)]
+    unused = [
+        make_answer(
+            question=f"Unused {i}", id=f"wiki/complete/u{i}/0", group=f"u{i}", source="wiki"
+        )
+        for i in range(4)
+    ]
+    joined = join(data.features, [*seen, *unused], data.labels, transfer=frozenset(), seed=0)
+    assert {unit for unit in joined.unit if unit.startswith("wiki")} == {
+        f"wiki/r{i}" for i in range(6)
+    }
+
+
 def _all_wrong(data: Dataset, answers: Sequence[int] | np.ndarray) -> Dataset:
     """`data` with other verdicts: `answers` are wrong."""
     kind, labels = data.features.kind.copy(), list(data.labels)

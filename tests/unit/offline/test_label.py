@@ -24,7 +24,8 @@ def _label_one(answer: Answer, tokenizer: PreTrainedTokenizerFast) -> Label:
     """By the alias rule, as the command labels where nothing else is said."""
     if not answer.gold:
         return verb.label_one(answer, tokenizer, None, None)
-    said = by_alias(Case(answer.id, answer.question, answer.gold, answer.text))
+    case = Case(answer.id, answer.question, answer.gold, answer.text)
+    said = verb.unless_cut_off(answer, by_alias(case))
     return verb.label_one(answer, tokenizer, said, verb.locate(answer, said.verdict))
 
 
@@ -110,16 +111,35 @@ def test_an_answer_without_a_claim_has_no_tokens_and_counts_as_a_whole(
     assert (label.span, label.tokens, label.others) == ((), (), ())
 
 
-def test_a_claim_at_which_the_answer_was_cut_off_is_none(
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("The capital of Poland is Kra", "unjudged"),  # half a claim
+        ("The capital of Poland is not", "unjudged"),
+        ("The capital of Poland, as", "unjudged"),
+        ("It is Lodz, a ci", "wrong"),  # the claim is made
+        ("The capital of Poland is not a place. It", "wrong"),
+        ("The capital of Poland is Warsaw, a ci", "right"),
+    ],
+)
+def test_what_was_cut_off_before_its_claim_is_no_wrong_answer(
+    text: str, verdict: str, make_answer: MakeAnswer, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """ "It was in 19" may become right; labelled wrong, the probe would learn the limit."""
+    whole = make_answer(text)
+    assert _label_one(whole, tokenizer).verdict in ("wrong", "right")
+    label = _label_one(msgspec.structs.replace(whole, finish_reason="length"), tokenizer)
+    assert (label.verdict, bool(label.dropped)) == (verdict, verdict == "unjudged")
+
+
+def test_a_right_claim_at_the_cut_counts_as_a_whole_only(
     make_answer: MakeAnswer, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """ "It was in 19", cut off by the length: half a claim would be labelled as a whole one."""
-    whole = make_answer("The capital of Poland is Kra")
-    cut = msgspec.structs.replace(whole, finish_reason="length")
-    assert _label_one(whole, tokenizer).tokens
-    assert (_label_one(cut, tokenizer).verdict, _label_one(cut, tokenizer).tokens) == ("wrong", ())
-    later = msgspec.structs.replace(make_answer("It is Lodz, a ci"), finish_reason="length")
-    assert _label_one(later, tokenizer).tokens
+    cut = msgspec.structs.replace(
+        make_answer("The capital of Poland is Warsaw"), finish_reason="length"
+    )
+    label = _label_one(cut, tokenizer)
+    assert (label.verdict, label.tokens) == ("right", ())
 
 
 def test_every_token_of_an_ordinary_answer_is_a_negative(
@@ -186,15 +206,26 @@ def test_the_file_has_a_line_for_every_answer_in_an_order_that_does_not_depend_o
     assert len(read_records(tmp_path / "labels.jsonl", Label)[1]) == 3
 
 
-def test_answers_of_another_tokenizer_are_refused(
-    tmp_path: Path, make_answer: MakeAnswer, tokenizer: PreTrainedTokenizerFast, header: Header
+@pytest.mark.parametrize(
+    ("identity", "named"),
+    [(("other", "c", "a" * 40), "tokenizer_sha256"), (("t", "c", "b" * 40), "revision aaaa")],
+)
+def test_answers_of_another_model_are_refused(
+    identity: tuple[str, str, str],
+    named: str,
+    tmp_path: Path,
+    make_answer: MakeAnswer,
+    tokenizer: PreTrainedTokenizerFast,
+    header: Header,
 ) -> None:
+    """Two commits of one model share a tokenizer: nothing else would tell them apart."""
+    header = msgspec.structs.replace(header, model_revision="a" * 40)
     write_records(tmp_path / "answers.jsonl", header, [make_answer()])
-    with pytest.raises(RecordError, match="tokenizer_sha256"):
+    with pytest.raises(RecordError, match=named):
         verb.label_answers(
             tmp_path / "answers.jsonl",
             tmp_path / "labels.jsonl",
-            tokenizer=LoadedTokenizer(tokenizer, "other", "c"),
+            tokenizer=LoadedTokenizer(tokenizer, *identity),
             settings=LabelSettings(),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,19 @@ def test_a_hub_id_keeps_its_owner_and_a_folder_loses_its_path(folder: Path) -> N
     """The hub files a probe under its model by this name; a path tells where somebody works."""
     assert short_name("org/name") == "org/name"
     assert short_name(str(folder)) == "tiny"
+
+
+def test_the_commit_of_a_hub_id_is_known_and_a_folder_has_none(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read from where the library keeps what it downloaded; `main` moves, a commit does not."""
+    commit = "c0ffee" * 6 + "cafe"
+    kept = tmp_path / "hub" / "models--org--tiny"
+    shutil.copytree(folder, kept / "snapshots" / commit)
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for revision in (None, "main", commit):
+        assert load_tokenizer("org/tiny", revision=revision).revision == commit
+    assert load_tokenizer(str(folder), revision=None).revision == ""

@@ -104,6 +104,18 @@ def test_a_transfer_question_that_is_also_fitted_on_is_excluded(make_answer: Mak
     assert [parts[answer.id] for answer in answers][1:] == ["excluded", "transfer"]
 
 
+def test_a_question_of_two_groups_stays_in_the_test_alone(make_answer: MakeAnswer) -> None:
+    """Question files repeat themselves; a run must not end in `label` for it, when all is asked."""
+    answers = _relations(make_answer)
+    parts = assign(answers, transfer=frozenset(), seed=0)[1]
+    fitted, tested = (next(a for a in answers if parts[a.id] == part) for part in ("fit", "test"))
+    twin = make_answer(
+        question=tested.question.upper(), id="wiki/ask/twin/0", group=fitted.group, source="wiki"
+    )
+    parts = assign([*answers, twin], transfer=frozenset(), seed=0)[1]
+    assert (parts[twin.id], parts[tested.id], parts[fitted.id]) == ("excluded", "test", "fit")
+
+
 def test_ordinary_prompts_follow_their_file_or_a_hash(make_answer: MakeAnswer) -> None:
     """`split` is optional: without it a run died in `label`, when all was collected."""
     answers = [
