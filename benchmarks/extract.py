@@ -35,9 +35,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from offline.extract import Item, Kind, extract, features_header
+from offline.extract import Item, extract
 from offline.models import LoadedModel, load_model, load_tokenizer
 from offline.reader import common_start
+from offline.shards import Kind, features_header
 from server.demo_model import ensure_demo_model
 
 # Written tokens per answer: nine short answers, then a long one (the demo model's answers to the

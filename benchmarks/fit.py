@@ -29,10 +29,10 @@ import numpy as np
 import typer
 from sklearn.linear_model import LogisticRegression
 
-from offline.extract import Kind
 from offline.features import FloatArray, load_features
 from offline.l1_path import Point, l1_path, standardise
 from offline.metrics import Bools, rank
+from offline.shards import Kind
 
 STRENGTHS = (0.3, 0.2, 0.14, 0.1, 0.085, 0.07, 0.06, 0.05)
 COLUMNS, WIDE_COLUMNS, WIDE_ROWS = 46_080, 458_752, 3_000

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from offline.judge import Alias, evades, find_alias, first_sentence
+from offline.evasion import evades, first_sentence
+from offline.judge import Alias, find_alias
 from offline.words import Word, new_words, words
 
 if TYPE_CHECKING:

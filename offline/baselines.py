@@ -14,11 +14,11 @@ import numpy as np
 
 from offline.dataset import Dataset
 from offline.examples import Halves, token_rows
-from offline.extract import WHOLE, Kind
 from offline.features import Features, FloatArray, IntArray
-from offline.fit import FitResult
+from offline.fit_result import FitResult
 from offline.l1_path import standardise
 from offline.metrics import Bools, Floats, rank
+from offline.shards import WHOLE, Kind
 from offline.splits import folds
 
 RANDOM_DRAWS = 20
@@ -181,24 +181,34 @@ def _dense(
     weight: IntArray | None = None,
     scaled: bool = True,
 ) -> _Fitted:
-    """L2 logistic regression; the penalty is the best on one fold of the units."""
+    """L2 logistic regression; the penalty is the best on one fold of the units, the largest where
+    no fold can rank."""
     from sklearn.linear_model import LogisticRegression
 
     x = np.asfortranarray(x)
     mean, scale = standardise(x) if scaled else (np.zeros(x.shape[1]), np.ones(x.shape[1]))
     each = np.ones(len(x)) if weight is None else weight.astype(np.float64)
-    out = np.array(folds(units, 4, seed=0)) == 0
 
     def fitted(x: FloatArray, rows: Bools, penalty: float) -> LogisticRegression:
         c = 1 / (penalty * each[rows].sum())
         return LogisticRegression(C=c, max_iter=300).fit(x, wrong[rows], each[rows])
 
-    # In rows, as scikit-learn wants them: it would copy them again for each penalty.
-    inside, outside = np.ascontiguousarray(x[~out]), np.ascontiguousarray(x[out])
+    fold = np.array(folds(units, 4, seed=0))
+    telling = [n for n in range(4) if _has_both(wrong[fold == n]) and _has_both(wrong[fold != n])]
+    best = PENALTIES[0]
+    if telling:
+        out = fold == telling[0]
+        # In rows, as scikit-learn wants them: it would copy them again for each penalty.
+        inside, outside = np.ascontiguousarray(x[~out]), np.ascontiguousarray(x[out])
 
-    def merit(penalty: float) -> float:
-        return rank(wrong[out], fitted(inside, ~out, penalty).decision_function(outside))
+        def merit(penalty: float) -> float:
+            return rank(wrong[out], fitted(inside, ~out, penalty).decision_function(outside))
 
-    model = fitted(x, np.ones(len(x), dtype=np.bool_), max(PENALTIES, key=merit))
+        best = max(PENALTIES, key=merit)
+    model = fitted(x, np.ones(len(x), dtype=np.bool_), best)
     folded = model.coef_[0].astype(np.float64) / scale
     return _Fitted(folded, float(model.intercept_[0]) - float(mean @ folded))
+
+
+def _has_both(wrong: Bools) -> bool:
+    return bool(wrong.any() and not wrong.all())

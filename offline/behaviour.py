@@ -12,7 +12,8 @@ from typing import Literal
 
 import msgspec
 
-from offline.judge import find_alias, first_sentence, refuses
+from offline.evasion import first_sentence, refuses
+from offline.judge import find_alias
 from offline.records import RecordError
 from offline.words import APOSTROPHE, words
 
@@ -55,7 +56,7 @@ class Item(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise ValueError(f"item {self.id!r}: rule 'context' needs `comply`, the false answer")
 
 
-# What `judge.refuses` does not know: refusals on principle, and a model that talks of itself.
+# What `evasion.refuses` does not know: refusals on principle, and a model that talks of itself.
 _DECLINES = re.compile(
     r"""\b(?: (?:i|we) \s (?:won't|will \s not|do \s not|don't)
               \s (?:assist|help|provide|support|write|condone|promote|engage|encourage)

@@ -18,8 +18,9 @@ from offline.baselines import whole_statistics
 from offline.collect import Sampling
 from offline.dataset import Dataset
 from offline.features import IntArray
-from offline.fit import FitResult, pooled
+from offline.fit_result import FitResult
 from offline.metrics import mean_of_positives
+from offline.mixtures import pooled
 from offline.questions import STYLES, Question, shuffle_key
 from offline.records import Answer, Label
 from offline.splits import assign

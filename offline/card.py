@@ -8,29 +8,6 @@ from typing import NamedTuple
 from probes.calibration import OperatingPoint
 from probes.card import EvaluationRow, ProbeCard
 
-NOT_GOOD_FOR = (
-    "It is no fact checker: it estimates from a few neurons whether the model makes an answer up. "
-    "A confident error can get a low risk and a correct rare fact a high one.",
-    "It was fitted on short factual answers in English (one claim each) and on ordinary prose. "
-    "Facts inside long answers were measured on texts of others alone (rows 'given text', where "
-    "there are any); mathematics, reasoning and text about a given document were not measured; of "
-    "text in other languages it flags several times more than of English.",
-    "Between a wrong and a right claim of the same form it tells less than between claims and "
-    "everything else; compare the rows of tokens.",
-    "The labels come from matching answers with lists of accepted spellings. Where several answers "
-    "are true the lists often know one, so some right answers were learned as wrong.",
-    "A risk is a probability for the mixture that it was calibrated on (see below), in which wrong "
-    "answers are frequent. Where they are rarer, the true rate behind a risk is lower; go by the "
-    "false-positive rates of the operating points.",
-    "The score of a whole response is that of its worst window; a wrong claim inside a long answer "
-    "is diluted there, and the tokens show more.",
-    "It belongs to exactly the weights, the tokenizer and the chat template that it names: "
-    "fine-tunes, adapters and quantised copies need a probe of their own.",
-    "Between domains it loses much of its edge; see the rows of sources it was not fitted on.",
-    "Scaling its neurons (alpha) changes how readily the model complies, not what it knows. It "
-    "repairs no hallucinations, and risks at alpha other than 1 are not calibrated.",
-)
-
 _SHOWN = ("auroc", "auroc_within_units", "auprc", "recall_at_5_fpr")
 
 

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offline.choice import WRONG_PER_RIGHT_OF_GROUP, balance
-from offline.extract import Kind
 from offline.features import Features, IntArray, load_features
 from offline.records import Answer, Label, RecordError, read_records, sha256
+from offline.shards import Kind
 from offline.splits import Part, assign
 
 Names = NDArray[np.str_]

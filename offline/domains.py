@@ -10,7 +10,7 @@ import numpy as np
 from offline.dataset import Dataset
 from offline.examples import Examples, Halves
 from offline.features import IntArray
-from offline.fit import ANSWER, FitResult
+from offline.fit_result import ANSWER, FitResult
 from offline.heads import train
 from offline.metrics import Floats
 

@@ -29,12 +29,13 @@ from offline.curves import Curve
 from offline.dataset import Dataset
 from offline.domains import MIN_CLASS, Place, alone, places
 from offline.examples import answer_examples, answer_means
-from offline.extract import Kind
 from offline.features import IntArray
-from offline.fit import JUDGED, POOLINGS, FitResult, claim_means, mixture, pooled, response_mixture
+from offline.fit_result import FitResult
 from offline.given_rows import Given, given_rows
 from offline.metrics import Floats
+from offline.mixtures import JUDGED, POOLINGS, claim_means, mixture, pooled, response_mixture
 from offline.records import Record, RecordError, read_record, write_atomic
+from offline.shards import Kind
 from offline.tables import CALIBRATION, drawn, figure, flagged, has_both, ranked, table
 from probes.calibration import calibrate
 from probes.card import EvaluationRow, ReliabilityBin
@@ -91,7 +92,7 @@ def evaluate(
     logits[held_out] = result.chosen.logits(data.features, held_out)  # nan: must not be asked for
     everywhere = places(data)
     scores = _answer_scores(data, result, logits, [place.answers for place in everywhere])
-    found: list[Found] = [*_folds(result)]
+    found: list[Found] = [*_folds(data, result)]
     for place, score in zip(everywhere, scores, strict=True):
         found += _answers(data, result, place, score)
     detectors = token_detectors(data, result)
@@ -113,13 +114,19 @@ def evaluate(
     )
 
 
-def _folds(result: FitResult) -> Iterator[EvaluationRow]:
+def _folds(data: Dataset, result: FitResult) -> Iterator[EvaluationRow]:
     """Cross-validation inside part `fit`, each budget: what the choice was made by."""
+    answers = data.answered("fit")
+    judged = {
+        "tokens": len(data.rows("fit", *JUDGED)),
+        "claims": len(data.located(answers)),
+        "answers": len(answers),
+    }
     for trial in result.trials:
         for name, value in trial.figures.items():
             yield figure(
                 f"{name}, folds of the fit part", f"{trial.neurons} neurons", "auroc", value,
-                sum(result.examples.values()),
+                judged[name],
             )  # fmt: skip
 
 

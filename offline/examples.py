@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offline.dataset import Dataset, Names
-from offline.extract import Kind
 from offline.features import Features, IntArray
 from offline.metrics import Bools
 from offline.records import RecordError
+from offline.shards import Kind
 
 if TYPE_CHECKING:
-    from offline.fit import FitSettings
+    from offline.fit_result import FitSettings
 
 Halves: TypeAlias = NDArray[np.float16]
 

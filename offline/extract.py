@@ -1,35 +1,34 @@
 """Verb `extract`: the CETT of every neuron at every token of an answer, and the baselines.
 
-Teacher-forced over the ids that were collected; nothing is tokenised again. Written shard by shard:
-memory holds one shard whatever the corpus, a shard that exists is not made again, and several
-processes or machines can each make a part of the shards of one folder.
-
-A shard (safetensors) has one row per token: `cett` [rows, layers * neurons], `residual` [rows,
-chosen layers, hidden], `logprob`, `entropy` [rows] (nats; of the token given what stands before
-it), `answer` [rows] (index into its `ids`), `token` [rows] (index into `token_ids`), `kind` [rows];
-and per answer `whole` [answers, len(WHOLE)], statistics over all tokens that it wrote.
+Teacher-forced over the ids that were collected; nothing is tokenised again. Written shard by shard
+(offline/shards.py): memory holds one shard whatever the corpus, a shard that exists is not made
+again, and several processes or machines can each make a part of the shards of one folder.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from offline.reader import Ids, Position, Reader, Text, common_start
-from offline.records import Answer, Label, Record, RecordError, replacing
-from probes.card import ModelIdentity
-from probes.cett import FORMULA_VERSION
+from offline.reader import Ids, Reader, Text, common_start
+from offline.records import Answer, Label, RecordError, replacing
+from offline.shards import (
+    SHARD_KEY,
+    FeaturesHeader,
+    Kind,
+    ShardInfo,
+    parse_dtype,
+    read_shard_info,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,40 +36,6 @@ if TYPE_CHECKING:
 TOKENS_PER_PASS = 2048
 PADDING = 256  # slots per pass, at most, that hold no token
 SHARD_BYTES = 2**29  # of its CETT; as much memory is taken while it is made
-SHARD_KEY = "shard"
-FOLDERS = {"labels.jsonl": "features", "given.jsonl": "features-given"}  # of what
-WHOLE = ("logprob_mean", "logprob_min", "logprob_sum", "entropy_mean", "entropy_max", "length")
-
-
-class Kind(IntEnum):
-    """What a row's token is."""
-
-    SCAFFOLD = 0  # of a short answer: repeats the question or joins its parts
-    RIGHT = 1  # claim of a right answer
-    WRONG = 2  # claim of a wrong answer
-    PROSE = 3  # of a long answer to an ordinary prompt
-    UNJUDGED = 4  # what a short answer adds after its claim; pooled, never fitted on
-
-
-class FeaturesHeader(Record, frozen=True, kw_only=True):
-    """What the features are of; shards of one folder agree in it."""
-
-    model: ModelIdentity
-    formula_version: int
-    position: Position
-    labels_sha256: str
-    residual_layers: tuple[int, ...]  # index into transformers' hidden_states, 0 = embeddings
-    dtype: str = "float16"  # of stored `cett` and `residual`
-
-
-class ShardInfo(Record, frozen=True, kw_only=True):
-    """The metadata of a shard. One value under one key: safetensors writes several keys in an order
-    of its own, and a run that was killed must end byte-identical."""
-
-    header: FeaturesHeader
-    number: int = 0  # among `shards`; a folder that lacks one is not read
-    shards: int = 1
-    ids: tuple[str, ...]  # answers, as the rows' `answer` counts them
 
 
 @dataclass(frozen=True)
@@ -184,15 +149,6 @@ def extract(
     return sum(len(item.written) for _, shard in mine for item in shard)
 
 
-def read_shard_info(path: Path) -> ShardInfo:
-    """RecordError when `path` is no shard of this version."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return msgspec.json.decode((file.metadata() or {}).get(SHARD_KEY, ""), type=ShardInfo)
-    except (SafetensorError, msgspec.DecodeError) as exc:
-        raise RecordError(f"{path} is not a shard of features: {exc}; delete it") from exc
-
-
 def _require_same_run(folder: Path, infos: Mapping[Path, ShardInfo]) -> None:
     """Shards of other labels, another model or another plan must not pass for this run's."""
     for path in sorted(folder.glob("shard-*.safetensors")):
@@ -286,40 +242,4 @@ def _whole(logprob: Tensor, entropy: Tensor) -> Tensor:
             entropy.max(),
             torch.tensor(float(len(logprob))),
         ]
-    )
-
-
-def parse_position(text: str) -> Position:
-    """RecordError for anything but read and write."""
-    if text not in ("read", "write"):
-        raise RecordError(f"position {text!r} is not one of read, write")
-    return "read" if text == "read" else "write"
-
-
-def parse_dtype(text: str) -> torch.dtype:
-    """RecordError for a dtype that features are not stored in."""
-    if text not in ("float16", "bfloat16", "float32"):
-        raise RecordError(f"dtype {text!r} is not one of float16, bfloat16, float32")
-    dtype = getattr(torch, text)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
-def features_header(
-    identity: ModelIdentity, position: Position, labels_sha256: str, *, dtype: str
-) -> FeaturesHeader:
-    """Header with the residual layers at 1/3, 1/2, 2/3 and 5/6 of the depth.
-
-    `dtype` is that of the stored features; the arithmetic of CETT is float32 in any case.
-    """
-    parse_dtype(dtype)
-    layers = identity.num_layers
-    chosen = sorted({max(1, layers * part // 6) for part in (2, 3, 4, 5)})
-    return FeaturesHeader(
-        model=identity,
-        formula_version=FORMULA_VERSION,
-        position=position,
-        labels_sha256=labels_sha256,
-        residual_layers=tuple(chosen),
-        dtype=dtype,
     )

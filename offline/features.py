@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from offline.extract import WHOLE, FeaturesHeader, read_shard_info
 from offline.records import RecordError
+from offline.shards import WHOLE, FeaturesHeader, read_shard_info
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]

@@ -9,112 +9,27 @@ docs/decisions/two-heads.md.
 
 from __future__ import annotations
 
-import hashlib
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Literal, get_args
 
-import msgspec
 import numpy as np
 
 from offline.calibrate import choose_calibration
 from offline.dataset import Dataset
-from offline.examples import Examples, answer_examples, claim_examples, sample, token_examples
-from offline.extract import FeaturesHeader, Kind
+from offline.examples import Examples, answer_examples, claim_examples, token_examples
 from offline.features import IntArray
-from offline.heads import HeadSettings, Weights, join, train, train_as_the_paper
+from offline.fit_result import ANSWER, TOKEN, FitResult, FitSettings, Trial
+from offline.heads import Weights, join, train, train_as_the_paper
 from offline.metrics import Bools, Floats, rank
-from offline.records import Record, RecordError, read_record, write_atomic
-from offline.splits import SPLIT_SEED, Part, folds
-from probes.calibration import Calibration, OperatingPoint, calibrate, choose_operating_points
+from offline.mixtures import JUDGED, POOLINGS, claim_means, mixture, pooled, response_mixture
+from offline.records import RecordError
+from offline.shards import Kind
+from offline.splits import folds
+from probes.calibration import calibrate, choose_operating_points
 from probes.spans import Pooling
 
 log = logging.getLogger(__name__)
-
-Design = Literal["tokens", "1-vs-1", "3-vs-1"]
-
-TOKEN, ANSWER = "token", "answer"
-JUDGED = (Kind.WRONG, Kind.RIGHT, Kind.SCAFFOLD, Kind.PROSE)  # all tokens that somebody has judged
-POOLINGS = (
-    *(Pooling("max_window", width) for width in (2, 4, 8, 16, 24, 32)),
-    Pooling("max"),
-    Pooling("first"),
-    Pooling("last"),
-)
-
-
-class FitSettings(Record, frozen=True, kw_only=True):
-    """What decides a fit besides the data; recorded in the card."""
-
-    seed: int = SPLIT_SEED  # of the split, the folds and what is drawn
-    transfer: tuple[str, ...] = ()  # sources that are only evaluated on
-    max_neurons: int = 300  # of all heads together
-    budgets: tuple[float, ...] = (0.25, 0.5, 1.0)  # shares of `max_neurons` that are tried
-    folds: int = 5
-    heads: HeadSettings = HeadSettings()
-    right_per_wrong: float = 1.4  # weight of the tokens of right claims, by repetition
-    scaffold_per_wrong: float = 2.0  # tokens of the scaffold, at most, per token of a wrong claim
-    prose_per_wrong: float = 3.0
-    window: int = 24  # tokens of prose that are an example of a faithful response
-    windows_per_wrong: float = 0.2
-    design: Design = "tokens"  # the others are the paper's: means over claims, one head, no choice
-    c: float = 1.0  # of the paper's designs
-    token_default: str = "fpr_1"
-    response_default: str = "fpr_10"
-
-
-class Trial(Record, frozen=True, kw_only=True):
-    """One budget, judged on folds that it was not fitted on."""
-
-    neurons: int  # of the largest fold
-    penalty: dict[str, float]  # head -> its best L2 penalty at this budget
-    figures: dict[str, float]  # see `_figures`; means over the folds
-    folds: tuple[float, ...]  # mean of the figures in each fold that can judge, see `_telling`
-
-    @property
-    def merit(self) -> float:
-        return float(np.mean(self.folds))
-
-
-class FitResult(Record, frozen=True, kw_only=True):
-    """What `fit` hands to `evaluate` and `publish`."""
-
-    settings: FitSettings
-    features: FeaturesHeader
-    chosen: Weights
-    penalty: dict[str, float]  # head -> L2
-    trials: tuple[Trial, ...]
-    examples: dict[str, int]  # kind of example -> how many were fitted on
-    pooling: Pooling
-    poolings: dict[str, float]  # each one's held-out AUROC over whole responses
-    calibrations: dict[str, dict[str, float]]  # level -> method -> held-out Brier score
-    token: Calibration
-    token_points: tuple[OperatingPoint, ...]
-    response: Calibration
-    response_points: tuple[OperatingPoint, ...]
-
-    @property
-    def response_head(self) -> int:
-        """Index of the head that ranks whole responses."""
-        return len(self.chosen.heads) - 1
-
-    @property
-    def sha256(self) -> str:
-        """Of the file that `save` writes: evaluation.json says by it which fit it judges."""
-        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
-
-    def check(self, features: FeaturesHeader) -> None:
-        """RecordError unless it was fitted on these features."""
-        if self.features != features:
-            raise RecordError("fit.json was made of other features than there are; `fit` again")
-
-    @classmethod
-    def load(cls, path: Path) -> FitResult:
-        return read_record(path, cls)
-
-    def save(self, path: Path) -> None:
-        write_atomic(path, msgspec.json.encode(self))
 
 
 def fit(data: Dataset, settings: FitSettings) -> FitResult:
@@ -145,17 +60,12 @@ def fit(data: Dataset, settings: FitSettings) -> FitResult:
     final = train_design(examples, every, budgets[best : best + 1], settings)[0]
     penalties = [settings.heads.penalties.index(p) for p in trials[best].penalty.values()]
     chosen = join([final[p].head(h) for h, p in enumerate(penalties)])
+    again = Counter(column for draft in drafts for column in draft[best][0].columns)
     held = _spread(logits[best], rows, data)
-    return _calibrated(data, settings, chosen, trials[best].penalty, trials, examples, held)
-
-
-def parse_design(text: str) -> Design:
-    """RecordError for an unknown design."""
-    for known in get_args(Design):
-        if text == known:
-            design: Design = known
-            return design
-    raise RecordError(f"design {text!r} is not one of {', '.join(get_args(Design))}")
+    return _calibrated(
+        data, settings, chosen, tuple(again[column] for column in chosen.columns),
+        trials[best].penalty, trials, examples, held,
+    )  # fmt: skip
 
 
 def make_examples(data: Dataset, settings: FitSettings) -> dict[str, Examples]:
@@ -193,34 +103,6 @@ def choose(trials: Sequence[Trial]) -> int:
         (i for i, trial in enumerate(trials) if trial is best or near(trial)),
         key=lambda i: trials[i].neurons,
     )
-
-
-def mixture(data: Dataset, part: Part, *, seed: int = 0) -> IntArray:
-    """Rows of a part on which token risks are calibrated and judged: every judged token of the
-    short answers (right and wrong alike many) and as many tokens of ordinary prose."""
-    short = data.even_rows(part, Kind.WRONG, Kind.RIGHT, Kind.SCAFFOLD)
-    return np.sort(
-        np.concatenate([short, sample(data.rows(part, Kind.PROSE), len(short), seed=seed)])
-    )
-
-
-def response_mixture(data: Dataset, part: Part) -> tuple[IntArray, Bools]:
-    """`(answers, hallucinated)` on which response risks are calibrated and judged: short answers,
-    right and wrong alike many, and ordinary long ones, which claim nothing false. Without these a
-    response's risk would only measure its length."""
-    short, long = data.even(data.answered(part)), data.ordinary(part)
-    wrong = np.concatenate([data.hallucinated(short), np.zeros(len(long), dtype=np.bool_)])
-    return np.concatenate([short, long]), wrong
-
-
-def pooled(data: Dataset, logits: Floats, answers: IntArray, pooling: Pooling) -> Floats:
-    """`[answers]` logits of whole responses, pooled over all their tokens as the server does."""
-    return np.array([pooling.pool(logits[data.rows_of(i)].tolist()) for i in answers])
-
-
-def claim_means(data: Dataset, logits: Floats, answers: IntArray) -> Floats:
-    """`[answers]`: mean over the tokens of each answer's claim."""
-    return np.array([logits[data.claim_rows(i)].mean() for i in answers])
 
 
 def _fold_of_units(data: Dataset, settings: FitSettings) -> dict[str, int]:
@@ -328,6 +210,7 @@ def _calibrated(
     data: Dataset,
     settings: FitSettings,
     chosen: Weights,
+    found_in: tuple[int, ...],
     penalty: dict[str, float],
     trials: Sequence[Trial],
     examples: dict[str, Examples],
@@ -354,6 +237,7 @@ def _calibrated(
         settings=settings,
         features=data.features.header,
         chosen=chosen,
+        found_in=found_in,
         penalty=penalty,
         trials=tuple(trials),
         examples={

@@ -14,10 +14,10 @@ import msgspec
 import numpy as np
 
 from offline.baselines import TokenDetector
-from offline.extract import FOLDERS, FeaturesHeader, Kind
 from offline.features import Features, load_features
 from offline.given_text import GivenText
 from offline.records import RecordError, read_records, sha256
+from offline.shards import FOLDERS, FeaturesHeader, Kind
 from offline.tables import ranked
 from probes.card import EvaluationRow
 

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from offline.answer_spans import CharSpan, overlapping, token_offsets
-from offline.extract import Item, Kind
+from offline.extract import Item
 from offline.questions import Row, json_lines, shuffle_key
 from offline.records import Record, RecordError
+from offline.shards import Kind
 from offline.splits import home
 
 if TYPE_CHECKING:

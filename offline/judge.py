@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+from offline.evasion import evades, first_sentence, refuses
 from offline.records import RecordError, Verdict
 from offline.words import APOSTROPHE, Word, akin, contains, new_words, occurrences, words
 
@@ -25,30 +26,12 @@ PART = "names an accepted answer as part of a longer name"
 LATE = "names an accepted answer after it has answered otherwise"
 NEITHER = "says neither yes nor no, or both"
 
-# First-person refusals and non-answers. A bare "cannot" is no abstention: "Penguins cannot fly".
-_ABSTENTIONS = re.compile(
-    r"""\b(?: i \s (?:do \s not|don't|have \s no) \s? (?:know|have|understand|idea|information)
-          | i (?:'m|\s am) \s (?:not \s (?:sure|certain|aware|able|familiar)|un(?:sure|able)|afraid)
-          | (?:i|we) \s (?:cannot|can't|could \s not|couldn't|can \s not)
-          | (?:i'm|i \s am|we're|we \s are) \s sorry
-          | as \s an \s (?:ai|artificial)
-          | (?:is|are|was) \s (?:unknown|unclear|uncertain)
-          | no \s (?:information|answer|data|idea) \b (?! \s (?:centre|center|science))
-          | (?:nobody|no \s one) \s knows
-          | not \s enough \s information
-        ) | ^ \W* sorry \s? (?: [,.!] | but \b | $ )""",
-    re.VERBOSE,
-)
-# "The country of Caen is not a place" claims nothing; frequent in small models.
-_EVASION = re.compile(r"\b(?:is|are|was|were)(?: not|n't)\b")
 _YES_OR_NO = frozenset((("yes",), ("no",)))
 _AUXILIARIES = frozenset(
     """am is are was were do does did has have had can could will would shall should may might
     must""".split()  # noqa: SIM905
 )
 _DENIALS = frozenset(("not", "never", "nor", "without", "unlike", "than", "instead"))
-_SENTENCE_END = re.compile(r"[.!?](?=\s)|\n")
-_ABBREVIATION = re.compile(r"\b[A-Z]\w{0,2}$")
 
 
 class Case(NamedTuple):
@@ -144,23 +127,6 @@ def by_regex(case: Case) -> Judgement:
 RULES = {"alias": by_alias, "exact": by_exact, "regex": by_regex}
 
 
-def refuses(text: str) -> bool:
-    """The text says nothing, or that it does not know: neither right nor wrong."""
-    return not words(text) or bool(_ABSTENTIONS.search(_plain(text)))
-
-
-def evades(text: str, question: str) -> bool:
-    """The text answers, but names nothing: it denies the question ("is not a place") or says no
-    more than it ("The sport of X is a sport", "The genre of X is a genre of music"). That is wrong
-    without a claim. A name said again does claim: "The country of Luxor is Luxor"."""
-    opening = first_sentence(text)
-    asked = {word.key for word in words(question)}
-    new = new_words(words(opening), question)
-    again = any(word.key in asked and not word.is_named for word in new)
-    names = any(word.key not in asked and word.is_named for word in new)
-    return not new or (again and not names) or bool(_EVASION.search(_plain(opening)))
-
-
 def usable_aliases(gold: Iterable[str], question: str) -> list[Alias]:
     """Accepted answers as word keys, without those that the question itself contains: repeating
     the question would be right.
@@ -195,18 +161,6 @@ def find_alias(text: str, aliases: Sequence[Alias]) -> tuple[int, int] | None:
     return found[start].start, found[stop - 1].stop
 
 
-def first_sentence(text: str) -> str:
-    """Up to the stop or line break that ends the first sentence.
-
-    A stop after a capitalised word of one to three letters is taken for an abbreviation ("St.").
-    """
-    lead = len(text) - len(text.lstrip())
-    for match in _SENTENCE_END.finditer(text, lead):
-        if match[0] != "." or not _ABBREVIATION.search(text, 0, match.start()):
-            return text[: match.start()]
-    return text
-
-
 def _by_yes_or_no(text: str, aliases: Sequence[Alias]) -> Judgement:
     """By the yes or no that opens or ends the first sentence: "there is no doubt" says neither, and
     what it does say no rule can tell."""
@@ -219,10 +173,6 @@ def _by_yes_or_no(text: str, aliases: Sequence[Alias]) -> Judgement:
 
 def _asks_yes_or_no(question: str) -> bool:
     return any(word.text.casefold() in _AUXILIARIES for word in words(question)[:1])
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.replace(APOSTROPHE, "'").casefold().split())
 
 
 def _alias_words(found: Sequence[Word], aliases: Sequence[Alias]) -> Iterator[tuple[int, int]]:

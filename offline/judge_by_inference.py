@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, cast
 import msgspec
 from tqdm import tqdm
 
-from offline.judge import ABSTAINED, Case, Judgement, refuses
+from offline.evasion import refuses
+from offline.judge import ABSTAINED, Case, Judgement
 from offline.records import Header, Verdict
 from offline.replies import Replies, reply
 from probes.errors import ModelError

@@ -19,15 +19,8 @@ from offline import answer_spans
 from offline.answer_spans import CharSpan, Located
 from offline.ask_model import Asked, LanguageModelJudge, claims
 from offline.choice import WRONG_PER_RIGHT, apply_agreement, balance
-from offline.judge import (
-    RULES,
-    Case,
-    Judge,
-    Judgement,
-    RuleJudge,
-    first_sentence,
-    usable_aliases,
-)
+from offline.evasion import first_sentence
+from offline.judge import RULES, Case, Judge, Judgement, RuleJudge, usable_aliases
 from offline.judge_by_inference import InferenceJudge
 from offline.records import (
     Answer,

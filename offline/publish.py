@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from offline.calibrate import reference_risks
-from offline.card import NOT_GOOD_FOR, readme
+from offline.card import readme
+from offline.caveats import not_good_for
 from offline.dataset import Dataset
 from offline.evaluate import Evaluation
-from offline.extract import Kind
-from offline.fit import TOKEN, FitResult, mixture, response_mixture
+from offline.fit_result import TOKEN, FitResult
 from offline.hub import front_matter
+from offline.mixtures import mixture, response_mixture
 from offline.models import LoadedModel
 from offline.records import (
     Answer,
@@ -33,6 +34,7 @@ from offline.records import (
     sha256,
     versions,
 )
+from offline.shards import Kind
 from offline.splits import TEST_SHARE
 from probes import known_answer
 from probes.card import SCHEMA_VERSION, ProbeCard, ResponseRule, TokenRule
@@ -96,7 +98,7 @@ def publish(
         training=training,
         evaluation=evaluation.rows,
         reliability=evaluation.reliability,
-        not_good_for=NOT_GOOD_FOR,
+        not_good_for=not_good_for(training["judge"], result.pooling),
         libraries=versions(),
         created=datetime.datetime.now(datetime.UTC).date().isoformat(),
         tensors_sha256="",
@@ -149,6 +151,8 @@ def training_facts(
         "chosen": f"{len(result.chosen.columns)} neurons within {result.settings.max_neurons}, the "
         "fewest within one standard error of the best; L2 penalty "
         + ", ".join(f"{value:g} ({head})" for head, value in result.penalty.items()),
+        "found again": f"{sum(n == result.settings.folds for n in result.found_in)} of the neurons "
+        f"in every fold, {sum(n == 0 for n in result.found_in)} in none",
         "answers_sha256": sha256(run / "answers.jsonl"),
         "labels_sha256": sha256(run / "labels.jsonl"),
     }

@@ -15,14 +15,15 @@ import msgspec
 import numpy as np
 
 from offline.answer_spans import decode, token_offsets
-from offline.card import NOT_GOOD_FOR
+from offline.caveats import not_good_for
 from offline.curves import Curve
 from offline.dataset import Dataset
 from offline.evaluate import Evaluation
-from offline.extract import Kind
 from offline.features import IntArray
-from offline.fit import TOKEN, FitResult, choose, pooled
+from offline.fit import choose
+from offline.fit_result import TOKEN, FitResult
 from offline.metrics import Floats
+from offline.mixtures import pooled
 from offline.models import LoadedTokenizer
 from offline.publish import training_facts
 from offline.records import (
@@ -34,6 +35,7 @@ from offline.records import (
     read_records,
     write_atomic,
 )
+from offline.shards import Kind
 from offline.splits import Part
 from offline.sweep_figures import SweepFigures
 from probes.calibration import OperatingPoint, calibrate
@@ -68,6 +70,7 @@ class Neuron(Record, frozen=True, kw_only=True):
     layer: int
     neuron: int
     weight: dict[str, float]  # head -> per unit of CETT; its size is no measure of importance
+    found_in: int  # of the folds
 
     @property
     def is_h_neuron(self) -> bool:
@@ -142,13 +145,12 @@ def make_report(
     header, answers = read_records(run / "answers.jsonl", Answer)
     tokenizer.check(header, run / "answers.jsonl")
     _, labels = read_records(run / "labels.jsonl", Label)
+    facts = training_facts(run, result, data, command="", license="")
     sweep = run / "sweep.json"
     return Report(
         model=result.features.model,
         position=result.features.position,
-        facts={
-            k: v for k, v in training_facts(run, result, data, command="", license="").items() if v
-        },
+        facts={key: value for key, value in facts.items() if value},
         funnel=tuple(_funnel(answers, labels)),
         parts=tuple(_parts(data)),
         neurons=tuple(_neurons(result)),
@@ -164,7 +166,7 @@ def make_report(
         response_points=result.response_points,
         response_default=result.settings.response_default,
         examples=tuple(_examples(data, result, tokenizer)),
-        not_good_for=NOT_GOOD_FOR,
+        not_good_for=not_good_for(facts["judge"], result.pooling),
         sweep=SweepFigures.load(sweep) if sweep.exists() else None,
     )
 
@@ -203,10 +205,11 @@ def _parts(data: Dataset) -> Iterator[PartCounts]:
 
 def _neurons(result: FitResult) -> Iterator[Neuron]:
     width = result.features.model.intermediate_size
-    for column, weights in zip(result.chosen.columns, result.chosen.weight, strict=True):
+    chosen = result.chosen
+    for column, weights, again in zip(chosen.columns, chosen.weight, result.found_in, strict=True):
         layer, neuron = divmod(column, width)
-        by_head = dict(zip(result.chosen.heads, weights, strict=True))
-        yield Neuron(layer=layer, neuron=neuron, weight=by_head)
+        by_head = dict(zip(chosen.heads, weights, strict=True))
+        yield Neuron(layer=layer, neuron=neuron, weight=by_head, found_in=again)
 
 
 def _examples(

@@ -152,6 +152,7 @@ def extract(
     from offline.given_text import given_texts
     from offline.models import load_model, load_tokenizer
     from offline.records import Answer, Label, read_records, sha256, write_records
+    from offline.shards import FOLDERS, features_header, parse_position
 
     share = verb.Part.parse(part)
     with locked(out, LOCK if share == verb.EVERY_SHARD else f"{LOCK}-part-{share.first}"):
@@ -176,10 +177,10 @@ def extract(
             verb.extract(
                 loaded.model,
                 items,
-                out / verb.FOLDERS[name],
-                header=verb.features_header(
+                out / FOLDERS[name],
+                header=features_header(
                     loaded.identity,
-                    verb.parse_position(position),
+                    parse_position(position),
                     sha256(out / name),
                     dtype=dtype,
                 ),
@@ -245,13 +246,14 @@ def fit(
     """Fit, choose and calibrate a probe."""
     from offline import fit as verb
     from offline.dataset import load_dataset
+    from offline.fit_result import FitSettings, parse_design
     from offline.heads import HeadSettings
     from offline.l1_path import parse_solver
 
-    settings = verb.FitSettings(
+    settings = FitSettings(
         seed=split_seed,
         heads=HeadSettings(solver=parse_solver(solver)),
-        design=verb.parse_design(design or ("3-vs-1" if paper else "tokens")),
+        design=parse_design(design or ("3-vs-1" if paper else "tokens")),
         c=c,
         max_neurons=max_neurons,
         transfer=tuple(transfer or ()),
@@ -266,7 +268,7 @@ def evaluate(out: Run) -> None:
     from offline import evaluate as verb
     from offline.best_of import samples_of
     from offline.dataset import load_dataset
-    from offline.fit import FitResult
+    from offline.fit_result import FitResult
     from offline.given_rows import load_given
 
     result = FitResult.load(out / "fit.json")
@@ -295,7 +297,7 @@ def publish(
     from offline import publish as verb
     from offline.dataset import load_dataset
     from offline.evaluate import Evaluation
-    from offline.fit import FitResult
+    from offline.fit_result import FitResult
     from offline.models import load_model, load_tokenizer
 
     result = FitResult.load(out / "fit.json")
@@ -326,7 +328,7 @@ def report(model: Model, out: Run, revision: Revision = None) -> None:
     from offline import report as verb
     from offline.dataset import load_dataset
     from offline.evaluate import Evaluation
-    from offline.fit import FitResult
+    from offline.fit_result import FitResult
     from offline.models import load_tokenizer
     from offline.records import write_atomic
     from offline.report_page import render

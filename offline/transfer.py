@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from offline import metrics
 from offline.dataset import load_dataset
-from offline.extract import Kind, extract, make_items
+from offline.extract import extract, make_items
 from offline.features import Features, IntArray, load_features
-from offline.fit import FitResult
+from offline.fit_result import FitResult
 from offline.metrics import Bools, Floats
 from offline.models import LoadedModel
 from offline.records import Record, RecordError, write_atomic
+from offline.shards import Kind
 from probes.card import EvaluationRow, ModelIdentity
 from probes.fingerprint import match
 from probes.neurons import FFN, find_ffns

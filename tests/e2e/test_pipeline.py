@@ -18,13 +18,13 @@ from typer.testing import CliRunner
 from offline import metrics
 from offline.__main__ import app
 from offline.evaluate import Evaluation
-from offline.extract import Kind
 from offline.features import load_features
-from offline.fit import FitResult
+from offline.fit_result import FitResult
 from offline.label import used
 from offline.models import load_model, load_tokenizer
 from offline.records import Answer, Label, read_records, write_records
 from offline.report import Report
+from offline.shards import Kind
 from offline.sweep_figures import SweepFigures
 from offline.transfer import Transfer
 from probes import known_answer

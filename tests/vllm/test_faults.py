@@ -40,6 +40,8 @@ def processes_of(server: RunningServer) -> list[psutil.Process]:
 
 def assert_none_left(processes: list[psutil.Process]) -> None:
     _, alive = psutil.wait_procs(processes, timeout=10)
+    for process in alive:
+        process.kill()
     assert not alive
 
 
@@ -75,6 +77,23 @@ def test_a_killed_server_leaves_no_process_behind(server):
     OpenStream(server, QUESTION, **LONG)
     server.process.kill()
     assert_none_left(processes)
+
+
+def test_a_server_that_is_killed_while_it_starts_leaves_no_process_behind(demo_model_path):
+    """A model can load and compile for minutes: so long its engine would hold the device."""
+    words = ["--engine", "vllm", "--vllm-args", f"--kv-cache-memory-bytes 512M {TRACED}"]
+    server = psutil.Popen(
+        [sys.executable, "-m", "server", "demo", "--port", "0", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: any("Worker" in p.name() for p in server.children(recursive=True)), 120)
+    time.sleep(5)  # it reads the model now; ready it would be after ten more seconds
+    processes = server.children(recursive=True)
+    server.kill()
+    assert_none_left(processes)
+    server.stderr.close()
+    server.wait()
 
 
 def test_a_cache_that_does_not_fit_is_refused_with_its_reason(demo_model_path):

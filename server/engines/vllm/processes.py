@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -13,6 +16,23 @@ if TYPE_CHECKING:
 SERVER_PID = "HN_SERVER_PID"  # of the environment that the engine's process inherits
 SECONDS_TO_END = 1.0  # for their own farewell; then they are killed
 SECONDS_BETWEEN_LOOKS = 0.5  # at files of the kernel, which takes a tenth of a millisecond each
+
+
+def end_with_server() -> None:
+    """The process of the engine that calls this leaves when the server does, even when that was
+    killed, or while this one still loads. Whose process the server is says SERVER_PID."""
+    number = int(os.environ[SERVER_PID])
+
+    def watch() -> None:
+        try:
+            server = psutil.Process(number)
+            while server.is_running() and server.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+        except psutil.NoSuchProcess:
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="server-watch", daemon=True).start()
 
 
 class EngineProcesses:

@@ -6,10 +6,7 @@ of requests, where it has laid out the rows of a pass, and where it hands out wh
 
 from __future__ import annotations
 
-import os
 import signal
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,15 +24,13 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from probes.errors import ModelError
 from server.engines.vllm.meter import Pending, Readings, WorkerMeter
 from server.engines.vllm.plan import EXTRA_ARGS_KEY, MeterPlan, Order
-from server.engines.vllm.processes import SERVER_PID
+from server.engines.vllm.processes import end_with_server
 from server.engines.vllm.refusal import leaving_why
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
 else:
     from vllm.v1.worker.gpu_worker import Worker as _Worker
-
-SECONDS_BETWEEN_LOOKS = 0.5  # of the engine's process at its parent
 
 
 class OwnedWorker(_Worker):
@@ -49,6 +44,8 @@ class OwnedWorker(_Worker):
             self._prepare()
 
     def init_device(self) -> None:
+        """What a worker does first; the engine's process ends when one of them does."""
+        end_with_server()
         with leaving_why():
             super().init_device()
 
@@ -222,24 +219,9 @@ class _MeteredAsyncScheduler(_HandsOn, AsyncScheduler):
 def make_scheduler(**arguments: Any) -> Scheduler:
     """What vLLM calls in the engine's process for a scheduler."""
     _leave_interrupts_to_the_server()
-    _end_with_parent()
+    end_with_server()
     asynchronous = arguments["vllm_config"].scheduler_config.async_scheduling
     return (_MeteredAsyncScheduler if asynchronous else _MeteredScheduler)(**arguments)
-
-
-def _end_with_parent() -> None:
-    """The engine's process leaves when the server does, even when that was killed.
-
-    Workers watch the engine's process themselves.
-    """
-    server = int(os.environ[SERVER_PID])  # the parent may have left while the model was loaded
-
-    def watch() -> None:
-        while os.getppid() == server:
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 def _leave_interrupts_to_the_server() -> None:

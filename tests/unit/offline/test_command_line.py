@@ -14,10 +14,10 @@ import typer
 from typer.testing import CliRunner
 
 from offline import __main__ as command
-from offline.extract import parse_dtype, parse_position
 from offline.l1_path import parse_solver
 from offline.questions import Source
 from offline.records import RecordError
+from offline.shards import parse_dtype, parse_position
 from probes.errors import HNeuronsError
 
 VERBS = (

@@ -14,25 +14,20 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from offline.extract import (
     PADDING,
-    SHARD_KEY,
     TOKENS_PER_PASS,
-    WHOLE,
-    FeaturesHeader,
     Item,
-    Kind,
     Part,
-    Position,
     _batches,
     _plan,
     extract,
-    features_header,
     make_items,
-    read_shard_info,
 )
 from offline.features import load_features
 from offline.judge import Case, by_alias
 from offline.label import label_one, locate
+from offline.reader import Position
 from offline.records import Answer, Label, RecordError
+from offline.shards import SHARD_KEY, WHOLE, FeaturesHeader, Kind, features_header, read_shard_info
 from probes.cett import cett, column_norms, h_norm
 from probes.fingerprint import identity
 from probes.neurons import find_ffns

@@ -14,32 +14,25 @@ import torch
 from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 
-from offline import metrics
+from offline import baselines, metrics
 from offline.baselines import RANDOM_DRAWS, random_neurons, token_detectors
 from offline.best_of import best_of_rows
 from offline.dataset import Dataset, join
 from offline.evaluate import RANDOM, Evaluation, evaluate
 from offline.examples import answer_examples, claim_examples, token_examples
-from offline.extract import SHARD_KEY, WHOLE, FeaturesHeader, Kind, ShardInfo
 from offline.features import load_features
-from offline.fit import (
-    FitResult,
-    FitSettings,
-    Trial,
-    _fold_of_units,
-    choose,
-    fit,
-    make_examples,
-    pooled,
-    train_design,
-)
+from offline.fit import _fold_of_units, choose, fit, make_examples, train_design
+from offline.fit_result import FitResult, FitSettings, Trial
 from offline.given_rows import Given, given_rows
 from offline.given_text import Fact, GivenText
 from offline.heads import LOGIT_SPREAD, HeadSettings, weigh
 from offline.l1_path import l1_path, standardise
+from offline.mixtures import pooled
 from offline.publish import publish
 from offline.records import Answer, Label, RecordError
 from offline.report import make_report
+from offline.shards import SHARD_KEY, WHOLE, FeaturesHeader, Kind, ShardInfo
+from offline.splits import folds
 from probes.calibration import calibrate
 from probes.card import ModelIdentity
 from probes.cett import FORMULA_VERSION
@@ -105,6 +98,16 @@ def test_the_probe_holds_the_planted_neurons_and_ranks_wrong_above_right(data: D
     assert metrics.rank(wrong, score) > 0.9
     risk = calibrate(result.response, score)
     assert risk[wrong].mean() > risk[~wrong].mean() + 0.2
+
+
+def test_what_is_planted_is_found_in_every_fold_and_noise_is_not(data: Dataset) -> None:
+    """Which neurons are found again is all that one can say of their identity."""
+    weak = HeadSettings(solver="liblinear", strengths=(0.02,), penalties=(0.03,))
+    result = fit(data, msgspec.structs.replace(SETTINGS, heads=weak, budgets=(1.0,)))
+    again = dict(zip(result.chosen.columns, result.found_in, strict=True))
+    assert all(again[column] == SETTINGS.folds for column in PLANTED)
+    noise = [count for column, count in again.items() if column not in PLANTED]
+    assert 0 <= min(noise) < SETTINGS.folds
 
 
 def test_given_facts_are_ranked_by_their_own_tokens(data: Dataset) -> None:
@@ -352,6 +355,28 @@ def test_files_that_do_not_belong_together_are_refused(data: Dataset, tmp_path: 
     stale = msgspec.structs.replace(result, features=other)
     with pytest.raises(RecordError, match="other features than there are; `fit` again"):
         evaluate(data, stale)
+
+
+def test_a_baseline_chooses_its_penalty_where_both_classes_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A fold of one class ranks nothing: its NaN would have chosen the first penalty there is."""
+    seen: list[float] = []
+    monkeypatch.setattr(
+        baselines, "rank", lambda *given: seen.append(metrics.rank(*given)) or seen[-1]
+    )
+    units = [f"u{i}" for i in range(40)]
+    random = np.random.default_rng(0)
+    wrong = np.array(folds(units, 4, seed=0)) > 1
+    wrong[::2] = False  # folds 0 and 1 have none
+    x = (random.standard_normal((40, 5)) + 2 * wrong[:, None]).astype(np.float32)
+    model = baselines._dense(x.copy(), wrong, units)
+    assert len(seen) == len(baselines.PENALTIES)
+    assert np.isfinite(seen).all()
+    assert metrics.rank(wrong, model.read(x)) > 0.9
+    one = np.arange(40) == 39  # no fold can rank
+    assert np.isfinite(baselines._dense(x.copy(), one, units).weight).all()
+    assert len(seen) == len(baselines.PENALTIES)
 
 
 def test_a_baseline_sees_the_same_rows_as_the_probe(data: Dataset) -> None:

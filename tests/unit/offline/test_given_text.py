@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from offline.extract import Kind
 from offline.given_text import GivenText, given_texts
 from offline.records import RecordError
+from offline.shards import Kind
 from offline.splits import home
 
 

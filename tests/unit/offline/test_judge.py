@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from offline.evasion import evades, first_sentence, refuses
 from offline.judge import (
     ABSTAINED,
     DENIED,
@@ -19,10 +20,7 @@ from offline.judge import (
     by_alias,
     by_exact,
     by_regex,
-    evades,
     find_alias,
-    first_sentence,
-    refuses,
     usable_aliases,
 )
 from offline.records import RecordError
