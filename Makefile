@@ -20,7 +20,7 @@ fix: sync ## format, repair what ruff can, write the README's tree and figures
 	$(BIN)/python docs/readme.py
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-test: sync ## every test; the playground's need Debian's chromium
+test: sync ## every test; some need Debian's chromium, nginx-light and prometheus
 	$(BIN)/python -m server.demo_model
 	$(BIN)/pytest
 serve: sync ## serve $MODEL (the demo model) on 127.0.0.1:$PORT

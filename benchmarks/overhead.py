@@ -175,7 +175,7 @@ def main(
                     f"    per {clock} second against {below}: {middle:.3f} [{low:.3f}, {high:.3f}]"
                 )
     low, high = (speed(batch, "on") for batch in (BATCHES[0], BATCHES[-1]))
-    share = health.meter_seconds_total / health.forward_seconds_total
+    share = (health.meter_seconds_total or 0.0) / health.forward_seconds_total
     print(f"{BATCHES[-1]} streams write {high / low:.1f} times the tokens of one; the meter's own")
     print(f"clocks say {share:.1%} of the forward passes; load average {os.getloadavg()[0]:.1f}")
     result = {

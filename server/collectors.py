@@ -26,14 +26,15 @@ class EngineCollector(Collector):
             "waiting_prompt_tokens": ("Prompt tokens in the queue.", health.waiting_tokens),
             "seconds_since_step": ("Since the last pass; 0 while idle.", health.seconds_since_step),
         }
-        counters = {
-            "meter_seconds": ("Time spent in the meter.", health.meter_seconds_total),
+        counters: dict[str, tuple[str, float]] = {
             "forward_seconds": ("Time in forward passes.", health.forward_seconds_total),
             "cached_prompt_tokens": (
                 "Prompt tokens that were not read again.",
                 health.cached_tokens_total,
             ),
         }
+        if health.meter_seconds_total is not None:
+            counters["meter_seconds"] = ("Time spent in the meter.", health.meter_seconds_total)
         for name, (text, value) in gauges.items():
             gauge = GaugeMetricFamily(f"hneurons_{name}", text, labels=["model_name"])
             gauge.add_metric([self._model_name], value)

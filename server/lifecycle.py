@@ -66,6 +66,7 @@ class Lifecycle:
                     f"the server is {phase}; try again later or on another replica",
                     code=phase.value,
                     retry_after=RETRY_AFTER_UNAVAILABLE,
+                    headers={"connection": "close"},  # or a pooled client would come here again
                 )
 
     def _look_at_engine(self) -> None:

@@ -45,7 +45,10 @@ _REQUEST_SECONDS = (
 _RISK = tuple(round(0.05 * step, 2) for step in range(1, 21))
 # Closed sets of label values; their series begin at zero, so that a rate sees the first event.
 ENDPOINTS = ("chat_completions", "completions", "risk")
-FAILURES = ("engine_dead", "internal_error", "monitor_failed", "nonfinite_logits", "slow_client")
+FAILURES = (
+    *("engine_dead", "engine_error", "internal_error", "monitor_failed", "no_finish"),
+    *("nonfinite_logits", "slow_client"),
+)
 ABORTS = ("disconnect", "slow_client")
 ACTIONS = ("stopped", "withheld", "retried")
 RELOADS = ("loaded", "rejected")

@@ -191,7 +191,7 @@ class _Run:
         except EngineOverloadedError:
             error_code = "overloaded"
             raise  # refused, not failed
-        except HNeuronsError as error:
+        except Exception as error:
             error_code = to_api_error(error).code or "unknown"
             metrics.request_failed(error_code)
             raise

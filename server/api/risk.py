@@ -11,7 +11,6 @@ import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from probes.errors import HNeuronsError
 from server.answer_record import AnswerRecord, ChoiceRecord
 from server.api.answers import ScoredText, documented
 from server.api.errors import APIError, to_api_error
@@ -22,7 +21,7 @@ from server.api.schemas import ScoreTextRequest
 from server.api.sse import ClientGoneError, unless_gone
 from server.api.token_objects import risk_summary
 from server.detokenizer import Detokenizer
-from server.engines.base import Reading, ScoreRequest
+from server.engines.base import EngineOverloadedError, Reading, ScoreRequest
 from server.monitor import RiskPlan, Token, score, summarise
 from server.service import Service
 
@@ -68,7 +67,9 @@ async def score_text(body: ScoreTextRequest, request: Request) -> Response:
     except ClientGoneError as error:
         service.metrics.request_aborted("disconnect")
         raise APIError(499, "the client closed the connection", code="client_gone") from error
-    except HNeuronsError as error:
+    except EngineOverloadedError:
+        raise  # refused, not failed
+    except Exception as error:
         service.metrics.request_failed(to_api_error(error).code or "unknown")
         raise
     tokens = _scored(plan, given, readings)

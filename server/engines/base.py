@@ -173,7 +173,7 @@ class Health:
     waiting: int = 0  # requests in the queue
     waiting_tokens: int = 0  # prompt tokens in the queue
     seconds_since_step: float = 0.0  # 0 while idle
-    meter_seconds_total: float = 0.0  # wall time spent in the meter
+    meter_seconds_total: float | None = None  # wall time in the meter; None: it has no clock
     forward_seconds_total: float = 0.0  # wall time spent in forward passes, meter included
     cached_tokens_total: int = 0  # prompt tokens whose keys and values were there already
 

@@ -366,6 +366,25 @@ async def test_models_and_probes_are_listed(wire):
     assert [point["name"] for point in points] == ["fpr_1", "fpr_5", "fpr_10"]
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/risk"])
+async def test_a_defect_of_ours_is_counted_as_a_failure(wire, monkeypatch, path):
+    """The alert on errors saw only what was foreseen: a bug in every answer woke nobody."""
+
+    def broken(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(type(wire.engine), "generate", broken)
+    monkeypatch.setattr(type(wire.engine), "score", broken)
+    messages = [{"role": "user", "content": "abc"}]
+    body = {"messages": messages} | ({"answer": "abc"} if path == "/v1/risk" else {"model": "fake"})
+    response = await wire.http.post(path, json=body)
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "internal_error"
+    page = wire.service.metrics.render().decode()
+    counted = 'hneurons_failed_requests_total{model_name="fake",reason="internal_error"} 1.0'
+    assert counted in page
+
+
 async def test_metrics_tell_what_happened(wire):
     """Dashboards and alerts stand on these names and figures."""
     await wire.chat("in 1969", risk=True)

@@ -136,7 +136,35 @@ def test_a_long_load_and_a_slow_drain_are_waited_for(chart: Any) -> None:
     pod = of_kind(documents, "Deployment")["spec"]["template"]["spec"]
     settings = read_settings(container(documents)["args"])
     grace = pod["terminationGracePeriodSeconds"]
-    assert grace > settings.drain_delay + settings.drain_timeout + 5
+    command = container(documents)["lifecycle"]["preStop"]["exec"]["command"]
+    assert command == ["sleep", "5"]
+    assert settings.drain_delay == 0  # it serves on while its address leaves the Service
+    assert grace > 5 + settings.drain_timeout + 5
+
+
+@pytest.mark.parametrize(
+    ("values", "strategy"),
+    [
+        ({}, "RollingUpdate"),
+        ({"cache": {"size": "1Gi"}}, "Recreate"),
+        ({"cache": {"size": "1Gi", "accessMode": "ReadWriteMany"}, "replicas": 3}, "RollingUpdate"),
+        ({"cache": {"existingClaim": "models"}, "replicas": 3}, "RollingUpdate"),
+        ({"strategy": {"type": "Recreate"}}, "Recreate"),
+    ],
+)
+def test_an_upgrade_does_not_wait_for_a_volume_that_the_old_pod_holds(
+    chart: Any, values: dict[str, Any], strategy: str
+) -> None:
+    """A new pod on another node cannot mount it, and the old one waits for the new one."""
+    deployment = of_kind(render(chart, values), "Deployment")
+    assert deployment["spec"]["strategy"]["type"] == strategy
+
+
+def test_a_pod_computes_with_the_cores_that_it_asks_for(chart: Any) -> None:
+    """Torch counts the cores of the node: two replicas on one node stand in each other's way."""
+    found = container(render(chart, {}))
+    threads = {one["name"]: one.get("value") for one in found["env"]}["OMP_NUM_THREADS"]
+    assert threads == found["resources"]["requests"]["cpu"]
 
 
 @pytest.mark.parametrize(
@@ -147,6 +175,8 @@ def test_a_long_load_and_a_slow_drain_are_waited_for(chart: Any) -> None:
         {"settings": {"port": 80}},
         {"image": {"digest": "sha256:short"}},
         {"audit": {"enabled": True}},
+        {"cache": {"size": "1Gi"}, "replicas": 2},
+        {"autoscaling": {"enabled": True, "prometheusAddress": "http://p", "minReplicas": 0}},
         {"autoscaling": {"enabled": True}},
         {"model": ""},
     ],

@@ -22,7 +22,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- if .Values.image.digest -}}
 {{ .Values.image.repository }}@{{ .Values.image.digest }}
 {{- else -}}
-{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default (printf "%s-cpu" .Chart.AppVersion) }}
 {{- end -}}
 {{- end -}}
 
@@ -41,4 +41,14 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 - --{{ $flag }}={{ $value }}
 {{- end }}
 {{- end }}
+{{- end -}}
+
+{{/* Not empty when the chart makes a cache that one node alone can mount; refused for more pods. */}}
+{{- define "hneurons.cacheOfOneNode" -}}
+{{- if and .Values.cache.size (not .Values.cache.existingClaim) (eq .Values.cache.accessMode "ReadWriteOnce") -}}
+{{- if or .Values.autoscaling.enabled (gt (int .Values.replicas) 1) -}}
+{{- fail "cache: a ReadWriteOnce volume cannot serve several pods; set cache.accessMode ReadWriteMany or cache.existingClaim, or leave cache.size empty" -}}
+{{- end -}}
+true
+{{- end -}}
 {{- end -}}

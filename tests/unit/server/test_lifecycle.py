@@ -104,6 +104,9 @@ async def test_requests_are_refused_unless_ready(lifecycle: Lifecycle, patient: 
             assert response.status_code == 503
             assert response.json()["error"]["code"] == code
             assert int(response.headers["retry-after"]) > 0
+            assert response.headers.get("connection") == (
+                None if code == "engine_dead" else "close"
+            )  # a pooled client would send its next request here, too
         assert (await get(gate, "/livez")).text == "served"
 
 

@@ -58,6 +58,10 @@ def test_gauges_are_read_when_scraped():
     assert value("hneurons_requests_running") == 2
     assert value("hneurons_meter_seconds_total") == 0.5
     now = Health(alive=False, reason="gone")
+    with pytest.raises(
+        IndexError
+    ):  # no clock is no series: 0 would say that the meter costs nothing
+        value("hneurons_meter_seconds_total")
     assert value("hneurons_requests_running") == 0
     assert value("hneurons_engine_alive") == 0
 
@@ -129,7 +133,7 @@ def test_every_series_of_a_probe_begins_at_zero():
         (reason, probe.id): 0 for reason in ("not_read", "nonfinite")
     }
     assert samples(metrics, "hneurons_flagged_tokens_total") == {(probe.id,): 0}
-    assert len(samples(metrics, "hneurons_failed_requests_total")) == 5
+    assert len(samples(metrics, "hneurons_failed_requests_total")) == 7
 
 
 def test_a_probe_that_is_gone_is_shown_no_more():
