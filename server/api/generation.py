@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -26,6 +27,9 @@ from server.policy import Ending, Observer, Order, answer
 from server.segments import Piece
 from server.service import Service
 
+# Candidates of log-probabilities in a whole answer, 4 us each: more are written down on a thread,
+# or every other request would wait for seconds.
+ENTRIES_INLINE = 4096
 TOKENS_TOLD_AT_ONCE = 16  # each alone would cost the counters' locks
 
 
@@ -83,7 +87,7 @@ async def respond(
         if not body.stream:
             document = await unless_gone(request.receive, run.whole())
             record.update(run.record())
-            return Response(orjson.dumps(document), media_type="application/json")
+            return Response(document, media_type="application/json")
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         lines = run.lines(with_usage=with_usage, record=record)
         # An error before the first token is still an HTTP status.
@@ -119,18 +123,24 @@ class _Run:
         self._texts: list[list[str]] = [[] for _ in orders]  # only if a recorder keeps text
         service.metrics.request_accepted(endpoint, prompt_tokens=prompt_tokens)
 
-    async def whole(self) -> JSON:
-        """The answer in one object."""
+    async def whole(self) -> bytes:
+        """The answer in one JSON object."""
         pieces: list[list[Piece]] = [[] for _ in self._orders]
         async with aclosing(self._events(silence=None)) as events:
             async for batch in events:
                 for i, item in batch:
                     if isinstance(item, Piece):
                         pieces[i].append(item)
+        tokens = sum(len(piece.tokens) for of_choice in pieces for piece in of_choice)
+        if tokens * (1 + (self._orders[0].request.sampling.logprobs or 0)) < ENTRIES_INLINE:
+            return self._document(pieces)
+        return await asyncio.to_thread(self._document, pieces)
+
+    def _document(self, pieces: Sequence[Sequence[Piece]]) -> bytes:
         choices = [
             self._writer.choice(i, pieces[i], self._endings[i]) for i in range(len(self._orders))
         ]
-        return self._writer.body(choices, usage=self._usage())
+        return orjson.dumps(self._writer.body(choices, usage=self._usage()))
 
     async def lines(
         self, *, with_usage: bool, record: dict[str, object]
@@ -198,7 +208,8 @@ class _Run:
         finally:
             for pace in self._paces:
                 pace.tell()
-            self._service.record(self._answer_record(error_code))
+            if error_code != "overloaded":
+                self._service.record(self._answer_record(error_code))
         metrics.request_finished(self._endpoint, seconds=self._service.clock() - self._started)
 
     def _chunk(self, i: int, item: Piece | Ending) -> bytes:

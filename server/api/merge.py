@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Generic, TypeVar
@@ -48,7 +49,7 @@ class _Inbox(Generic[_T]):
         self._news: asyncio.Future[None] | None = None  # awaited; an Event costs twice as much
         self._has_room = asyncio.Event()
         self._items: list[tuple[int, _T]] = []
-        self._is_silent = False
+        self._last = 0.0  # when something came
 
     async def news(self) -> None:
         """Wait until something has come since the last time."""
@@ -73,7 +74,7 @@ class _Inbox(Generic[_T]):
             async with aclosing(stream):
                 async for item in stream:
                     self._items.append((number, item))
-                    self._is_silent = False
+                    self._last = time.monotonic()
                     self._tell()
                     if len(self._items) >= READ_AHEAD:
                         self._has_room.clear()
@@ -82,9 +83,10 @@ class _Inbox(Generic[_T]):
             self._tell()
 
     async def watch(self, silence: float) -> None:
-        """Tell when nothing has come for so many seconds, or for up to twice as many."""
+        """Tell when nothing has come for so many seconds, and again after as many more."""
+        self._last = time.monotonic()
         while True:
-            self._is_silent = True
-            await asyncio.sleep(silence)
-            if self._is_silent:
+            await asyncio.sleep(max(0.0, self._last + silence - time.monotonic()))
+            if time.monotonic() >= self._last + silence:
                 self._tell()
+                self._last = time.monotonic()

@@ -65,9 +65,21 @@ class Writer:
         return choice
 
     def openings(self) -> bytes:
-        """The chunks that say who speaks, before any text: one per choice of a chat."""
+        """The chunks before any text, one per choice: who speaks in a chat, and prompts' ids."""
         if not self.is_chat:
-            return b""
+            return b"".join(
+                self._chunk(
+                    {
+                        "index": i,
+                        "text": "",
+                        "logprobs": None,
+                        "finish_reason": None,
+                        "prompt_token_ids": order.request.prompt_token_ids,
+                    }
+                )
+                for i, order in enumerate(self.orders)
+                if self.with_token_ids
+            )
         delta = {"role": "assistant", "content": ""}
         first: JSON = {}
         if self.with_token_ids:

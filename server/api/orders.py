@@ -11,7 +11,7 @@ from dataclasses import replace
 from probes.probe import Probe
 from server.api.errors import APIError
 from server.api.formats import answer_grammar, answer_rules, tool_use
-from server.api.prompts import chat_prompt, encode_prompt
+from server.api.prompts import chat_prompt, encode_prompts
 from server.api.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -40,6 +40,7 @@ async def chat_orders(
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sampling = _sampling(service, body, logprobs=logprobs, grammar=grammar)
     orders = _orders(body, plan, [prompt], [max_tokens], sampling, request_id, tenant)
+    _check_room(service, orders, param="n")
     is_named = tools is not None and tools.function is not None
     return [replace(order, rules=rules, is_call_named=is_named) for order in orders]
 
@@ -50,11 +51,13 @@ async def completion_orders(
     """One order per prompt and choice, prompts first, as OpenAI counts them."""
     check_model(service, body.model)
     plan = risk_plan(service, body.risk)
-    prompts = [await _prompt(service, prompt) for prompt in _prompts(body)]
+    prompts = await _prompts(service, body)
     limits = [_max_tokens(service, prompt, body.max_tokens, param="prompt") for prompt in prompts]
     _check_budget(service, choices=len(prompts) * (body.n or 1), max_tokens=max(limits))
     sampling = _sampling(service, body, logprobs=body.logprobs)
-    return _orders(body, plan, prompts, limits, sampling, request_id, tenant)
+    orders = _orders(body, plan, prompts, limits, sampling, request_id, tenant)
+    _check_room(service, orders, param="prompt")
+    return orders
 
 
 def check_model(service: Service, name: str) -> None:
@@ -207,22 +210,21 @@ def _check_suppression(service: Service, probe: Probe, options: RiskOptions) -> 
         raise APIError(400, "this probe has no neurons to suppress: alpha is 1", param=param)
 
 
-def _prompts(body: CompletionRequest) -> Sequence[str | list[int]]:
-    """`prompt` in its four shapes, as a list of prompts."""
+async def _prompts(service: Service, body: CompletionRequest) -> list[tuple[int, ...]]:
+    """`prompt` in its four shapes, as token ids."""
     match body.prompt:
         case str() as text:
-            return [text]
+            return await encode_prompts(service, [text])
+        case [str(), *_]:
+            texts = [text for text in body.prompt if isinstance(text, str)]
+            return await encode_prompts(service, texts)
         case [int(), *_]:
-            return [[i for i in body.prompt if isinstance(i, int)]]
-        case prompts:
-            return [prompt for prompt in prompts if not isinstance(prompt, int)]
-
-
-async def _prompt(service: Service, prompt: str | list[int]) -> tuple[int, ...]:
-    if isinstance(prompt, str):
-        return await encode_prompt(service, prompt)
-    check_token_ids(service, prompt, param="prompt")
-    return tuple(prompt)
+            given = [tuple(i for i in body.prompt if isinstance(i, int))]
+        case _:
+            given = [tuple(ids) for ids in body.prompt if isinstance(ids, list)]
+    for ids in given:
+        check_token_ids(service, ids, param="prompt")
+    return given
 
 
 def _max_tokens(service: Service, prompt: Sequence[int], limit: int | None, *, param: str) -> int:
@@ -244,3 +246,21 @@ def _check_budget(service: Service, *, choices: int, max_tokens: int) -> None:
             param="max_tokens",
             code="invalid_value",
         )
+
+
+def _check_room(service: Service, orders: Sequence[Order], *, param: str) -> None:
+    """What an idle server could not take either must not be told to come back later."""
+    if len(orders) == 1:
+        return
+    tokens = sum(len(order.request.prompt_token_ids) for order in orders)
+    for what, asked, limit in (
+        ("prompts times n", len(orders), service.max_choices),
+        ("prompt tokens of all choices", tokens, service.max_prompt_tokens),
+    ):
+        if limit is not None and asked > limit:
+            raise APIError(
+                400,
+                f"{what} are limited to {limit} per request; this request asks for {asked}",
+                param=param,
+                code="invalid_value",
+            )

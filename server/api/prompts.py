@@ -14,6 +14,7 @@ from server.api.schemas import Message, ToolCall
 from server.api.token_objects import JSON
 from server.parsing import ToolUse
 from server.service import Service
+from server.strict_json import StrictJSONError, check_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,15 +52,27 @@ async def chat_prompt(
             param="messages",
             code="chat_template_error",
         ) from error
+    except (TypeError, ValueError, RecursionError, LookupError, AttributeError) as error:
+        # What Python says inside a template that meets an unexpected shape, in a tool most often.
+        raise APIError(
+            400,
+            "the model's chat template cannot render these messages or tools",
+            param="messages",
+            code="chat_template_error",
+        ) from error
     return await _encode(service, text, special_tokens=False)
 
 
-async def encode_prompt(service: Service, text: str) -> tuple[int, ...]:
-    """A plain prompt, begun as the model begins a text; at least one token."""
-    ids = await _encode(service, text, special_tokens=True)
-    if not ids:
+async def encode_prompts(service: Service, texts: Sequence[str]) -> list[tuple[int, ...]]:
+    """Plain prompts, begun as the model begins a text; at least one token each."""
+    tokenizer = service.engine.tokenizer
+    encoded = await _aside(
+        sum(map(len, texts)),
+        lambda: [tuple(tokenizer(text, verbose=False).input_ids) for text in texts],
+    )
+    if not all(encoded):
         raise APIError(400, "the prompt is empty", param="prompt", code="invalid_value")
-    return ids
+    return encoded
 
 
 async def encode_with_spans(service: Service, text: str) -> list[tuple[int, int, int]]:
@@ -104,12 +117,14 @@ def _turn(message: Message, path: str) -> JSON:
 
 
 def _called(call: ToolCall, path: str) -> JSON:
+    text = call.function.arguments or "{}"
     try:
-        arguments = orjson.loads(call.function.arguments or "{}")
-    except orjson.JSONDecodeError as error:
+        check_json(text.encode())
+        arguments = orjson.loads(text)
+    except (StrictJSONError, orjson.JSONDecodeError, UnicodeEncodeError) as error:
         raise APIError(
             400,
-            "the arguments of a call must be JSON",
+            "the arguments of a call must be a JSON object of modest depth",
             param=f"{path}.function.arguments",
             code="invalid_value",
         ) from error

@@ -16,13 +16,13 @@ from server.api.answers import ScoredText, documented
 from server.api.errors import APIError, to_api_error
 from server.api.generation import new_id, origin_of, record_of, tenant_of
 from server.api.orders import check_context, check_model, check_token_ids, risk_plan
-from server.api.prompts import chat_prompt, encode_prompt, encode_with_spans
+from server.api.prompts import chat_prompt, encode_prompts, encode_with_spans
 from server.api.schemas import ScoreTextRequest
 from server.api.sse import ClientGoneError, unless_gone
 from server.api.token_objects import risk_summary
 from server.detokenizer import Detokenizer
 from server.engines.base import EngineOverloadedError, Reading, ScoreRequest
-from server.monitor import RiskPlan, Token, score, summarise
+from server.monitor import RiskPlan, RiskSummary, Token, score, summarise
 from server.service import Service
 
 router = APIRouter(tags=["risk"])
@@ -62,18 +62,41 @@ async def score_text(body: ScoreTextRequest, request: Request) -> Response:
         tenant=tenant_of(request),
     )
     service.metrics.request_accepted("risk", prompt_tokens=len(given.prompt))
+    risk: RiskSummary | None = None
+    error_code: str | None = "aborted"
     try:
         readings = await unless_gone(request.receive, service.engine.score(order))
+        tokens = _scored(plan, given, readings)
+        risk = summarise(plan, tokens)
+        error_code = None
     except ClientGoneError as error:
         service.metrics.request_aborted("disconnect")
         raise APIError(499, "the client closed the connection", code="client_gone") from error
     except EngineOverloadedError:
+        error_code = "overloaded"
         raise  # refused, not failed
     except Exception as error:
-        service.metrics.request_failed(to_api_error(error).code or "unknown")
+        error_code = to_api_error(error).code or "unknown"
+        service.metrics.request_failed(error_code)
         raise
-    tokens = _scored(plan, given, readings)
-    risk = summarise(plan, tokens)
+    finally:
+        if error_code != "overloaded":
+            request_id, traceparent = origin_of(request)
+            service.record(
+                AnswerRecord(
+                    request_id=request_id,
+                    answer_id=answer_id,
+                    endpoint="risk",
+                    model=service.model_name,
+                    plan=plan,
+                    choices=[ChoiceRecord(finish_reason=None, risk=risk, text="")],
+                    prompt_tokens=len(given.prompt),
+                    completion_tokens=0,
+                    seconds=service.clock() - started,
+                    error=error_code,
+                    traceparent=traceparent,
+                )
+            )
     service.metrics.response_monitored(risk, tokens)
     service.metrics.request_finished("risk", seconds=service.clock() - started)
     record_of(request).update(
@@ -82,21 +105,6 @@ async def score_text(body: ScoreTextRequest, request: Request) -> Response:
         probe=plan.probe.id,
         alpha=plan.alpha,
         flagged=[risk.is_flagged],
-    )
-    request_id, traceparent = origin_of(request)
-    service.record(
-        AnswerRecord(
-            request_id=request_id,
-            answer_id=answer_id,
-            endpoint="risk",
-            model=service.model_name,
-            plan=plan,
-            choices=[ChoiceRecord(finish_reason=None, risk=risk, text="")],
-            prompt_tokens=len(given.prompt),
-            completion_tokens=0,
-            seconds=service.clock() - started,
-            traceparent=traceparent,
-        )
     )
     document: dict[str, Any] = {
         "id": answer_id,
@@ -120,7 +128,7 @@ async def _given(service: Service, body: ScoreTextRequest) -> _Given:
     if body.messages is not None:
         prompt = await chat_prompt(service, body.messages)
     else:
-        prompt = await encode_prompt(service, body.prompt or "")
+        (prompt,) = await encode_prompts(service, [body.prompt or ""])
     text = body.answer or body.text or ""
     tokens = [
         Token(token_id, text[start:end], start, end)

@@ -140,7 +140,7 @@ class _Generation(_Strict):
     max_tokens: int | None = Field(None, ge=1, le=_MAX_TOKEN_ID)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=2)
+    repetition_penalty: float | None = Field(None, ge=0.001, le=2)
     logit_bias: Annotated[dict[TokenIdKey, Bias], Field(max_length=1024)] | None = None
     ignore_eos: bool | None = Field(None, description="For load tests.")
     stream: bool | None = None

@@ -108,7 +108,7 @@ class Grammar(NamedTuple):
 class Sampling:
     """How the next token is chosen. Defaults are neutral; the wire's defaults are made above."""
 
-    temperature: float = 1.0  # 0 is greedy
+    temperature: float = 1.0  # below 1e-5 is greedy
     top_p: float = 1.0
     top_k: int = 0  # 0 is off
     min_p: float = 0.0

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from server.engines.base import Sampling, TokenLogprobs
 
+GREEDY_BELOW = 1e-5  # a temperature; vLLM has the same. Logits divided by 1e-40 are infinite
 CANDIDATES = 256  # truncated rows are searched among this many best tokens before a full sort
 
 
@@ -24,7 +25,7 @@ class RowSampler:
 
     def __init__(self, sampling: Sampling, prompt_token_ids: Sequence[int]) -> None:
         self.sampling = sampling
-        self.greedy = sampling.temperature == 0
+        self.greedy = sampling.temperature < GREEDY_BELOW
         self.edits = bool(
             sampling.logit_bias
             or sampling.presence_penalty

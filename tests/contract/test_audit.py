@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from server.audit import AuditError, AuditLog
+from server.engines.base import EngineOverloadedError, RequestFailedError
 from server.engines.fake import FakeEngine
 from server.metrics import Metrics
 
@@ -64,6 +65,32 @@ async def test_a_failed_answer_has_a_line_too(open_wire: Any, tmp_path: Path, st
     (line,) = lines(path)
     assert line["error"] == "nonfinite_logits"
     assert line["choices"][0]["text"] == "ab"  # the third waits for its reading
+    assert line["choices"][0]["status"] is None
+
+
+async def test_every_answer_that_reached_the_model_has_a_line_and_no_other(
+    open_wire: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reading that failed was in no log; a chat that the queue refused was in it."""
+
+    def raising(error: Exception) -> Any:
+        def raises(*_: object) -> Any:
+            raise error
+
+        return raises
+
+    engine, path = FakeEngine(), tmp_path / "audit.jsonl"
+    given = {"prompt": "a", "text": "secret 42"}
+    async with open_wire(engine, **audited(path, engine)) as wire:
+        for method in ("score", "generate"):
+            monkeypatch.setattr(FakeEngine, method, raising(EngineOverloadedError("full")))
+        assert (await wire.http.post("/v1/risk", json=given)).status_code == 429
+        assert (await wire.chat("secret 42")).status_code == 429
+        broken = RequestFailedError("nonfinite_logits", "NaN")
+        monkeypatch.setattr(FakeEngine, "score", raising(broken))
+        assert (await wire.http.post("/v1/risk", json=given)).status_code == 500
+    (line,) = lines(path)
+    assert (line["endpoint"], line["error"]) == ("risk", "nonfinite_logits")
     assert line["choices"][0]["status"] is None
 
 

@@ -12,6 +12,7 @@ from server.api.answers import ScoredText, TextCompletion
 from server.api.listings import ModelList, ProbeList
 from server.engines.fake import FakeEngine
 from server.engines.fake_model import fake_logits, fake_probe
+from tests.contract.conftest import events
 
 FIELDS = {
     "n": [0, 9, 2**31, -1, True, "1", 1.5],
@@ -364,6 +365,75 @@ async def test_models_and_probes_are_listed(wire):
     assert (probe["neurons"], probe["h_neurons"], probe["layers"]) == (4, 3, 4)
     points = probe["thresholds"]["token"]["operating_points"]
     assert [point["name"] for point in points] == ["fpr_1", "fpr_5", "fpr_10"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {"prompt": ["a"] * 6, "n": 2}, "prompt"),
+        ("/v1/completions", {"prompt": [[1] * 40, [1] * 40]}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "n": 8}, "n"),
+    ],
+)
+async def test_what_an_idle_server_could_not_take_is_no_overload(open_wire, path, body, param):
+    """A client that honours Retry-After would come back for ever."""
+    async with open_wire(max_choices=7, max_prompt_tokens=60) as wire:
+        response = await wire.http.post(path, json={"model": "fake", "max_tokens": 1, **body})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == param
+        fits = {"model": "fake", "prompt": [[1] * 30, [1] * 30], "max_tokens": 1}
+        assert (await wire.http.post("/v1/completions", json=fits)).status_code == 200
+
+
+@pytest.mark.parametrize("arguments", ["5", "null", "[1]", '{"a":' * 40 + "1" + "}" * 40])
+async def test_arguments_that_no_template_expects_are_refused(wire, arguments):
+    """Templates walk through them: a number or a thousand levels is a 500 in the middle of one."""
+    function = {"name": "f", "arguments": arguments}
+    called = {"id": "x", "type": "function", "function": function}
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": None, "tool_calls": [called]},
+    ]
+    body = {"model": "fake", "messages": messages}
+    response = await wire.http.post("/v1/chat/completions", json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "messages.1.tool_calls.0.function.arguments"
+
+
+async def test_a_template_that_stumbles_over_what_it_is_given_is_no_fault_of_ours(
+    wire, monkeypatch
+):
+    monkeypatch.setattr(wire.engine.tokenizer, "chat_template", "{{ messages[0].content + 1 }}")
+    response = await wire.chat("a")
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "chat_template_error"
+
+
+async def test_a_streamed_completion_names_its_prompts_as_the_whole_one_does(wire):
+    body = {"model": "fake", "prompt": ["a", "bc"], "max_tokens": 2, "return_token_ids": True}
+    whole = (await wire.http.post("/v1/completions", json=body)).json()
+    streamed = events((await wire.http.post("/v1/completions", json=body | {"stream": True})).text)
+    for choice in whole["choices"]:
+        of_choice = [
+            chunk["choices"][0]
+            for chunk in streamed
+            if chunk["choices"][0]["index"] == choice["index"]
+        ]
+        found = [c["prompt_token_ids"] for c in of_choice if "prompt_token_ids" in c]
+        assert found == [choice["prompt_token_ids"]]
+        assert "".join(c["text"] for c in of_choice) == choice["text"]
+
+
+async def test_a_long_answer_with_many_candidates_is_the_same_document(wire, monkeypatch):
+    """It is written down on a thread, so that others need not wait for it."""
+    body = {"logprobs": True, "top_logprobs": 3, "seed": 1, "max_tokens": 20}
+    inline = (await wire.chat("in 1969", **body)).json()
+    monkeypatch.setattr("server.api.generation.ENTRIES_INLINE", 1)
+    aside = (await wire.chat("in 1969", **body)).json()
+    for document in (inline, aside):
+        document.pop("id")
+        document.pop("created")
+    assert aside == inline
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/risk"])

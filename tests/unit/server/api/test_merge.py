@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import aclosing
 
 import pytest
@@ -77,6 +78,26 @@ async def test_silence_is_told_and_ends():
             if batch == []:
                 gate.set()
     assert seen[:2] == [[(0, "a")], []]
+
+
+async def test_silence_is_told_after_the_promised_time_and_not_twice_as_late():
+    """Prevents: a proxy that allows 20 seconds, and a comment that comes after 30 instead of 15."""
+    gate = asyncio.Event()
+
+    async def late():
+        await asyncio.sleep(0.05)  # just after the watch has begun
+        yield "a"
+        await gate.wait()
+
+    spoken = silent = 0.0
+    async with asyncio.timeout(5):
+        async for batch in merge([late()], silence=0.4):
+            if batch:
+                spoken = time.monotonic()
+            else:
+                silent = time.monotonic()
+                gate.set()
+    assert 0.4 <= silent - spoken < 0.7
 
 
 async def test_an_error_comes_after_what_came_before_it_and_closes_the_others():

@@ -109,6 +109,21 @@ def test_a_seeded_row_draws_the_same_tokens_alone_and_in_any_batch():
             assert together[1] == sample(logits[None], [alone])[0]
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-46, 1e-40, 1e-38, 1e-5])
+@pytest.mark.parametrize("cut", [{}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}])
+@pytest.mark.parametrize("penalty", [1.0, 0.001])
+def test_no_legal_setting_writes_a_token_that_does_not_exist(temperature, cut, penalty):
+    """Infinite logits draw the id behind the vocabulary, and the next pass ends the engine."""
+    logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(7)) * 30
+    rule = Sampling(temperature=temperature, repetition_penalty=penalty, logprobs=1, **cut)
+    sampler = RowSampler(rule, [1, 2, 3])
+    edited = logits[0].clone()
+    sampler.edit(edited)
+    chosen = sample(logits, [sampler])
+    assert chosen == [int(edited.argmax())]
+    assert logprobs(logits, chosen, [sampler])[0] is not None
+
+
 def test_rows_without_a_seed_differ():
     """Fresh entropy: two unseeded choices of one request must not be copies."""
     logits = torch.zeros(2, 1000)
