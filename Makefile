@@ -33,7 +33,7 @@ probe: sync ## train the shipped probe again from the question files in $DATA; a
 	  $(addprefix --given $(DATA)/,wikidata_completions.jsonl:facts:100 halueval_general.jsonl:halueval:100 refchecker_nq.jsonl:refchecker)
 ship: sync ## put the probe of `make probe` in the place of the shipped one, its figures into the README
 	rm -r probes/fitted/smollm2-135m-instruct && cp -r runs/demo/probe probes/fitted/smollm2-135m-instruct && $(BIN)/python docs/readme.py
-sweep: sync ## what alpha does to the demo model, beside random neurons; an hour
+sweep: sync ## what alpha does to the demo model, beside random neurons; half an hour
 	$(BIN)/python -m offline sweep "$$($(BIN)/python -m server.demo_model)" --out runs/demo \
 	  --probe probes/fitted/smollm2-135m-instruct --max-tokens 32
 lock: sync ## resolve requirements/lock.txt and image.txt again; versions stay where they can
