@@ -69,13 +69,8 @@ class Writer:
         if not self.is_chat:
             return b"".join(
                 self._chunk(
-                    {
-                        "index": i,
-                        "text": "",
-                        "logprobs": None,
-                        "finish_reason": None,
-                        "prompt_token_ids": order.request.prompt_token_ids,
-                    }
+                    self._written(i, Piece("", ()))
+                    | {"prompt_token_ids": order.request.prompt_token_ids}
                 )
                 for i, order in enumerate(self.orders)
                 if self.with_token_ids
@@ -94,6 +89,9 @@ class Writer:
 
     def delta(self, index: int, piece: Piece) -> bytes:
         """The chunk of one piece of text, with the entries of the tokens that carry it."""
+        return self._chunk(self._written(index, piece))
+
+    def _written(self, index: int, piece: Piece) -> JSON:
         choice: JSON = {
             "index": index,
             **({"delta": _delta(piece)} if self.is_chat else {"text": piece.text}),
@@ -103,7 +101,7 @@ class Writer:
         plan = self.orders[index].plan
         if plan is not None and plan.with_tokens:
             choice["risk"] = {"tokens": risk_entries(piece.tokens, plan)}
-        return self._chunk(choice)
+        return choice
 
     def closing(self, index: int, ending: Ending) -> bytes:
         """The last chunk of a choice: why it ended, and its risk as a whole."""

@@ -89,14 +89,17 @@ def test_monitoring_changes_no_token(client):
 
 
 def test_log_probabilities_are_of_the_written_token_and_the_best(client):
-    """Greedy: the written one is the best one. Sampled at top_k 1 likewise."""
+    """Greedy: the written one is the best one, or one as good: logits in bfloat16 tie. Sampled at
+    top_k 1 likewise."""
     for fields in ({}, {"temperature": 1.5, "top_k": 1}):
         (choice,), _ = whole(client, logprobs=True, top_logprobs=3, **fields)
         assert len(choice["logprobs"]) == 16
         for entry in choice["logprobs"]:
             best = entry["top_logprobs"]
             assert len(best) == 3
-            assert entry["token"] == best[0]["token"]
+            assert entry["token"] in [
+                b["token"] for b in best if b["logprob"] == best[0]["logprob"]
+            ]
             assert 0 >= entry["logprob"] == best[0]["logprob"] >= best[1]["logprob"]
 
 
@@ -130,8 +133,18 @@ GREEDY = [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1}]
 
 @pytest.mark.parametrize("fields", GREEDY, ids=lambda fields: next(iter(fields)))
 def test_what_leaves_one_token_to_choose_is_greedy(client, fields):
-    """A field that is accepted and ignored gives an answer that nobody asked for."""
-    assert text(client, temperature=1.8, seed=1, **fields) == text(client)
+    """A field that is accepted and ignored gives an answer that nobody asked for. Compared up to
+    where the two best tie, as logits in bfloat16 do: there is more than one token to choose."""
+    (plain,), _ = whole(client, logprobs=True, top_logprobs=2)
+    (other,), _ = whole(client, logprobs=True, temperature=1.8, seed=1, **fields)
+    best = [[one["logprob"] for one in entry["top_logprobs"]] for entry in plain["logprobs"]]
+    alone = [first != second for first, second in best]
+    until = alone.index(False) if False in alone else len(alone)
+    assert until >= 4
+    written, expected = (
+        [entry["token"] for entry in answer["logprobs"][:until]] for answer in (other, plain)
+    )
+    assert written == expected
 
 
 def test_penalties_strike_what_was_written_already(client):
