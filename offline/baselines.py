@@ -17,7 +17,7 @@ from offline.examples import Halves, token_rows
 from offline.features import Features, FloatArray, IntArray
 from offline.fit_result import FitResult
 from offline.l1_path import standardise
-from offline.metrics import Bools, Floats, rank
+from offline.metrics import Bools, Floats, has_both, rank
 from offline.shards import WHOLE, Kind
 from offline.splits import folds
 
@@ -194,7 +194,7 @@ def _dense(
         return LogisticRegression(C=c, max_iter=300).fit(x, wrong[rows], each[rows])
 
     fold = np.array(folds(units, 4, seed=0))
-    telling = [n for n in range(4) if _has_both(wrong[fold == n]) and _has_both(wrong[fold != n])]
+    telling = [n for n in range(4) if has_both(wrong[fold == n]) and has_both(wrong[fold != n])]
     best = PENALTIES[0]
     if telling:
         out = fold == telling[0]
@@ -208,7 +208,3 @@ def _dense(
     model = fitted(x, np.ones(len(x), dtype=np.bool_), best)
     folded = model.coef_[0].astype(np.float64) / scale
     return _Fitted(folded, float(model.intercept_[0]) - float(mean @ folded))
-
-
-def _has_both(wrong: Bools) -> bool:
-    return bool(wrong.any() and not wrong.all())

@@ -91,6 +91,11 @@ def auroc(rows: Weighed) -> float:
     return float((up * (below + down / 2)).sum() / pairs) if pairs else float("nan")
 
 
+def has_both(positive: Bools) -> bool:
+    """There is something to rank."""
+    return bool(positive.any() and not positive.all())
+
+
 def rank(positive: Bools, score: Floats) -> float:
     """AUROC of unsorted rows of weight 1."""
     order = np.argsort(score, kind="stable")

@@ -33,7 +33,7 @@ CALIBRATION: dict[str, Metric] = {
 
 def has_both(dataset: str, wrong: Bools) -> bool:
     """False, and the log says why, for a data set that lacks a class: it has no figures."""
-    if wrong.any() and not wrong.all():
+    if metrics.has_both(wrong):
         return True
     log.warning("no figures of %r: %d of %d are hallucinated", dataset, wrong.sum(), len(wrong))
     return False

@@ -29,8 +29,8 @@ class Service:
     parsers: Parsers | None = None  # of chats: what of an answer is reasoning or a tool call
     default_max_tokens: int = 1024  # when a request sets none; never more than the context holds
     max_total_tokens: int = 65_536  # n * max_tokens of one request
-    max_choices: int | None = None  # of one request: what the engine's batch and queue hold
-    max_prompt_tokens: int | None = (
+    room_for_choices: int | None = None  # of one request: what the engine's batch and queue hold
+    room_for_prompt_tokens: int | None = (
         None  # of one request with several choices: what the queue holds
     )
     keep_alive_seconds: float = 15.0  # a stream that was silent so long sends a comment

@@ -153,8 +153,8 @@ def make_service(settings: Settings, engine: Engine, model: Model) -> Service:
         suppression=settings.suppression,
         risk_by_default=settings.risk_by_default,
         parsers=find_parsers(settings, engine),
-        max_choices=settings.max_num_seqs + settings.max_waiting_requests,
-        max_prompt_tokens=settings.max_waiting_tokens,
+        room_for_choices=settings.max_num_seqs + settings.max_waiting_requests,
+        room_for_prompt_tokens=settings.max_waiting_tokens,
         recorders=tuple(_recorders(settings, metrics)),
         keeps_text=settings.audit_text,
     )

@@ -131,7 +131,7 @@ class _Run:
                 for i, item in batch:
                     if isinstance(item, Piece):
                         pieces[i].append(item)
-        tokens = sum(len(piece.tokens) for of_choice in pieces for piece in of_choice)
+        tokens = sum(ending.completion_tokens for ending in self._endings.values())
         if tokens * (1 + (self._orders[0].request.sampling.logprobs or 0)) < ENTRIES_INLINE:
             return self._document(pieces)
         return await asyncio.to_thread(self._document, pieces)

@@ -254,8 +254,8 @@ def _check_room(service: Service, orders: Sequence[Order], *, param: str) -> Non
         return
     tokens = sum(len(order.request.prompt_token_ids) for order in orders)
     for what, asked, limit in (
-        ("prompts times n", len(orders), service.max_choices),
-        ("prompt tokens of all choices", tokens, service.max_prompt_tokens),
+        ("prompts times n", len(orders), service.room_for_choices),
+        ("prompt tokens of all choices", tokens, service.room_for_prompt_tokens),
     ):
         if limit is not None and asked > limit:
             raise APIError(

@@ -377,7 +377,7 @@ async def test_models_and_probes_are_listed(wire):
 )
 async def test_what_an_idle_server_could_not_take_is_no_overload(open_wire, path, body, param):
     """A client that honours Retry-After would come back for ever."""
-    async with open_wire(max_choices=7, max_prompt_tokens=60) as wire:
+    async with open_wire(room_for_choices=7, room_for_prompt_tokens=60) as wire:
         response = await wire.http.post(path, json={"model": "fake", "max_tokens": 1, **body})
         assert response.status_code == 400
         assert response.json()["error"]["param"] == param
@@ -427,9 +427,18 @@ async def test_a_streamed_completion_names_its_prompts_as_the_whole_one_does(wir
 async def test_a_long_answer_with_many_candidates_is_the_same_document(wire, monkeypatch):
     """It is written down on a thread, so that others need not wait for it."""
     body = {"logprobs": True, "top_logprobs": 3, "seed": 1, "max_tokens": 20}
+    threads = []
+
+    async def to_thread(work, *arguments):
+        threads.append(work)
+        return work(*arguments)
+
+    monkeypatch.setattr("server.api.generation.asyncio.to_thread", to_thread)
     inline = (await wire.chat("in 1969", **body)).json()
-    monkeypatch.setattr("server.api.generation.ENTRIES_INLINE", 1)
+    assert not threads
+    monkeypatch.setattr("server.api.generation.ENTRIES_INLINE", 20)  # fewer tokens, more candidates
     aside = (await wire.chat("in 1969", **body)).json()
+    assert len(threads) == 1
     for document in (inline, aside):
         document.pop("id")
         document.pop("created")

@@ -79,8 +79,10 @@ def test_everything_is_on_in_production(chart: Any) -> None:
     dashboards = [d for d in documents if d["kind"] == "ConfigMap"]
     assert len(dashboards) == 3
     assert all(d["metadata"]["labels"]["grafana_dashboard"] == "1" for d in dashboards)
-    query = of_kind(documents, "ScaledObject")["spec"]["triggers"][0]["metadata"]["query"]
-    assert "hneurons_requests_waiting" in query
+    scaled = of_kind(documents, "ScaledObject")["spec"]
+    assert "hneurons_requests_waiting" in scaled["triggers"][0]["metadata"]["query"]
+    behaviour = scaled["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+    assert behaviour["scaleDown"]["stabilizationWindowSeconds"] >= 600
 
 
 def test_rules_are_the_tested_ones(chart: Any, rules: list[Any], tmp_path: Path) -> None:
@@ -176,6 +178,7 @@ def test_a_pod_computes_with_the_cores_that_it_asks_for(chart: Any) -> None:
         {"image": {"digest": "sha256:short"}},
         {"audit": {"enabled": True}},
         {"cache": {"size": "1Gi"}, "replicas": 2},
+        {"cache": {"size": "1Gi"}, "replicas": 2, "strategy": {"type": "RollingUpdate"}},
         {"autoscaling": {"enabled": True, "prometheusAddress": "http://p", "minReplicas": 0}},
         {"autoscaling": {"enabled": True}},
         {"model": ""},

@@ -54,6 +54,17 @@ def test_a_wrong_threshold_turns_the_rule_tests_red(bare_rules: Path) -> None:
     assert promtool("test", "rules", bare_rules / "hours.test.yml").returncode != 0
 
 
+def test_a_hang_is_looked_for_while_it_lasts(rule_files: list[Path]) -> None:
+    """The process ends itself after --heartbeat. promtool looks at every group as often as it is
+    told to, so the group's own interval is read here."""
+    groups = [g for file in rule_files for g in yaml.safe_load(file.read_text())["groups"]]
+    (group,) = [
+        g for g in groups if "HNeuronsEngineStalled" in {rule.get("alert") for rule in g["rules"]}
+    ]
+    assert group["interval"] == "10s"
+    assert "for" not in group["rules"][0]
+
+
 def test_no_alert_is_without_a_case(rules: list[dict[str, Any]]) -> None:
     """A new alert that nobody has seen firing, or clearing, is found out at night."""
     seen: dict[str, set[bool]] = defaultdict(set)

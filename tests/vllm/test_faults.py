@@ -34,6 +34,17 @@ def server(tmp_path, demo_model_path) -> Iterator[RunningServer]:
         yield running
 
 
+def starting_server(*, cache: str) -> psutil.Popen:
+    """A server that nobody waits for, in a session of its own."""
+    words = ["--engine", "vllm", "--vllm-args", f"--kv-cache-memory-bytes {cache} {TRACED}"]
+    return psutil.Popen(
+        [sys.executable, "-m", "server", "demo", "--port", "0", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
 def processes_of(server: RunningServer) -> list[psutil.Process]:
     return psutil.Process(server.process.pid).children(recursive=True)
 
@@ -81,12 +92,7 @@ def test_a_killed_server_leaves_no_process_behind(server):
 
 def test_a_server_that_is_killed_while_it_starts_leaves_no_process_behind(demo_model_path):
     """A model can load and compile for minutes: so long its engine would hold the device."""
-    words = ["--engine", "vllm", "--vllm-args", f"--kv-cache-memory-bytes 512M {TRACED}"]
-    server = psutil.Popen(
-        [sys.executable, "-m", "server", "demo", "--port", "0", *words],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    server = starting_server(cache="512M")
     wait_until(lambda: any("Worker" in p.name() for p in server.children(recursive=True)), 120)
     time.sleep(5)  # it reads the model now; ready it would be after ten more seconds
     processes = server.children(recursive=True)
@@ -98,13 +104,7 @@ def test_a_server_that_is_killed_while_it_starts_leaves_no_process_behind(demo_m
 
 def test_a_cache_that_does_not_fit_is_refused_with_its_reason(demo_model_path):
     """vLLM's own last word is "see root cause above", in a log that scrolls."""
-    words = ["--engine", "vllm", "--vllm-args", f"--kv-cache-memory-bytes 64T {TRACED}"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "server", "demo", "--port", "0", *words],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = starting_server(cache="64T")
     _, log = process.communicate(timeout=300)
     assert process.returncode > 0
     (sentence,) = (line for line in log.splitlines() if line.startswith("hneurons: "))
