@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -53,9 +52,10 @@ def isotonic(logits: Floats, hallucinated: NDArray[np.bool_]) -> Isotonic:
     return Isotonic(logits=tuple(knots.tolist()), risks=tuple(model.y_thresholds_[first].tolist()))
 
 
+# The simplest first.
 METHODS: dict[str, Callable[[Floats, NDArray[np.bool_]], Calibration]] = {
-    "platt": platt,
     "temperature": temperature,
+    "platt": platt,
     "isotonic": isotonic,
 }
 
@@ -63,30 +63,47 @@ METHODS: dict[str, Callable[[Floats, NDArray[np.bool_]], Calibration]] = {
 def choose_calibration(
     logits: Floats, hallucinated: NDArray[np.bool_], units: Sequence[str], *, seed: int
 ) -> tuple[Calibration, dict[str, float]]:
-    """The method with the lowest Brier score on units that it was not fitted on, fitted on all
-    rows; and the score of each that these logits do not rule out.
+    """The simplest method within one standard error of the best, fitted on all rows; and the Brier
+    score, on units that it was not fitted on, of each that these logits do not rule out.
 
-    `logits` must come from probes that were not fitted on the same rows.
+    The error is that of the difference, fold by fold, as when the number of neurons is chosen: a
+    curve with more freedom wins by a hair on the relations it was chosen by, and its risks of 0 and
+    1 do not hold on others (docs/decisions/two-heads.md). `logits` must come from probes that were
+    not fitted on the same rows. RecordError when every method is ruled out.
     """
     fold = np.array(folds(units, FOLDS, seed=seed))
-    scores = {name: _held_out_brier(logits, hallucinated, fold, name) for name in METHODS}
-    best = min(scores, key=lambda name: scores[name])
-    allowed = {name: score for name, score in scores.items() if math.isfinite(score)}
-    return METHODS[best](logits, hallucinated), allowed
+    losses: dict[str, Floats] = {}  # [folds] Brier scores
+    for name, method in METHODS.items():
+        try:
+            losses[name] = _held_out_losses(logits, hallucinated, fold, method)
+        except RecordError as error:
+            ruled_out = error
+    if not losses:
+        raise ruled_out
+    best = min(losses.values(), key=lambda loss: float(loss.mean()))
+
+    def near(loss: Floats) -> bool:
+        lost = loss - best
+        return bool(lost.mean() <= lost.std(ddof=1) / np.sqrt(len(lost)))
+
+    chosen = next(name for name, loss in losses.items() if loss is best or near(loss))
+    scores = {name: float(loss.mean()) for name, loss in losses.items()}
+    return METHODS[chosen](logits, hallucinated), scores
 
 
-def _held_out_brier(
-    logits: Floats, hallucinated: NDArray[np.bool_], fold: NDArray[np.int64], name: str
-) -> float:
-    """Infinite for a method that these logits rule out."""
-    risk = np.empty(len(logits))
-    try:
-        for held in np.unique(fold):
-            out = fold == held
-            risk[out] = calibrate(METHODS[name](logits[~out], hallucinated[~out]), logits[out])
-    except RecordError:
-        return math.inf
-    return float(((risk - hallucinated) ** 2).mean())
+def _held_out_losses(
+    logits: Floats,
+    hallucinated: NDArray[np.bool_],
+    fold: NDArray[np.int64],
+    method: Callable[[Floats, NDArray[np.bool_]], Calibration],
+) -> Floats:
+    """`[folds]` Brier scores, each of what the other folds fit; RecordError from the method."""
+    losses = []
+    for held in np.unique(fold):
+        out = fold == held
+        risk = calibrate(method(logits[~out], hallucinated[~out]), logits[out])
+        losses.append(((risk - hallucinated[out]) ** 2).mean())
+    return np.array(losses)
 
 
 def _rising(slope: float, intercept: float) -> Platt:

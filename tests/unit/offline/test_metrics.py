@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from offline import metrics
-from offline.calibrate import choose_calibration, isotonic, platt
+from offline.calibrate import choose_calibration, isotonic, platt, temperature
 from offline.metrics import Weighed
 from offline.records import RecordError
 from probes.calibration import calibrate
@@ -94,6 +94,17 @@ def test_a_wrong_risk_has_a_calibration_error() -> None:
     positive = np.arange(1000) % 2 == 0
     ece = metrics.expected_calibration_error()
     assert ece(Weighed.of(positive, np.full(1000, 0.9), np.ones(1000))) == pytest.approx(0.4)
+
+
+def test_a_calibration_with_more_freedom_must_earn_it() -> None:
+    """Relations differ in what the same logit is worth: here the freest method leads by a hair."""
+    random = np.random.default_rng(7)
+    logits = random.normal(size=900)
+    relation = np.arange(900) % 30
+    wrong = random.random(900) < 1 / (1 + np.exp(-(logits + random.normal(size=30)[relation])))
+    fitted, scores = choose_calibration(logits, wrong, relation.astype(str).tolist(), seed=0)
+    assert min(scores, key=lambda name: scores[name]) == "isotonic"
+    assert fitted == temperature(logits, wrong)
 
 
 def test_the_calibration_that_fits_unseen_units_best_is_taken() -> None:
