@@ -159,6 +159,10 @@ def _sampling(
     grammar: Grammar | None = None,
 ) -> Sampling:
     """OpenAI's defaults: temperature 1, top_p 1, no penalties."""
+    for name, reason in service.engine.card.refused_sampling.items():
+        if getattr(body, name):
+            message = f"{name} cannot be used with this server: {reason}"
+            raise APIError(400, message, param=name)
     return Sampling(
         temperature=_or(body.temperature, 1.0),
         top_p=_or(body.top_p, 1.0),

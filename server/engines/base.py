@@ -8,7 +8,7 @@ of the token that the same pass was fed, and every reading names its position.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -161,6 +161,8 @@ class EngineCard:
     eos_token_ids: frozenset[int]
     dtype: str
     identity: ModelIdentity  # what a probe is matched against
+    # Fields of `Sampling` that this engine cannot honour as it was started, and why.
+    refused_sampling: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -87,6 +88,18 @@ async def test_what_is_within_bounds_is_taken(wire, fields):
     """The bounds themselves, and OpenAI's nullable fields as null."""
     response = await wire.chat("hi", **fields)
     assert response.status_code == 200, response.text
+
+
+async def test_what_the_engine_cannot_honour_is_refused_by_name(wire, monkeypatch):
+    """As with vLLM's drafts; a field at its default, or null, asks for nothing."""
+    card = replace(wire.engine.card, refused_sampling={"min_p": "it drafts"})
+    monkeypatch.setattr(wire.engine, "card", card)
+    response = await wire.chat("hi", min_p=0.1)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "min_p"
+    assert "it drafts" in response.json()["error"]["message"]
+    for value in (0, None):
+        assert (await wire.chat("hi", min_p=value)).status_code == 200
 
 
 async def test_a_message_that_was_an_answer_can_be_sent_back(wire):

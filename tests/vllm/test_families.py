@@ -66,8 +66,8 @@ async def test_a_model_that_vllm_does_not_compile_is_refused(start_engine, make_
         ("--logprobs-mode processed_logprobs", "--logprobs-mode"),
         ("--hf-overrides '{\"rope_theta\": 5}'", "--hf-overrides"),
         (
-            '--speculative-config \'{"method": "ngram", "num_speculative_tokens": 2}\'',
-            "--speculative-config",
+            '--speculative-config \'{"method": "ngram_gpu", "num_speculative_tokens": 2}\'',
+            "--speculative-config with another method than",
         ),
     ],
 )

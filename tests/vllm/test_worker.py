@@ -1,25 +1,31 @@
 """What the worker does to vLLM besides metering."""
 
-import math
 from types import SimpleNamespace
 from typing import ClassVar
 
-import pytest
-import torch
+import numpy as np
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_that_are_not_numbers_are_found_and_masks_are_not(dtype):
-    """A grammar's mask is minus infinity: taken for a fault it would end every JSON answer."""
-    from server.engines.vllm.worker import rows_with_nans
+def test_of_a_request_with_drafts_one_reading_is_kept_for_each_new_token():
+    """Two of three drafts stood, and the answer ended with the second of the three new tokens."""
+    from server.engines.vllm.worker import _leave_out_rejected
 
-    logits = torch.randn(5, 49_152, generator=torch.Generator().manual_seed(0)).to(dtype)
-    logits[1, 7] = math.nan
-    logits[2, 3:] = -math.inf
-    logits[3, 9], logits[3, 8] = math.inf, math.nan
-    found = rows_with_nans(logits)
-    assert found.tolist() == [0, 1, 0, 1, 0]
-    assert found.dtype == torch.int32
+    segments = {
+        "drafted": np.arange(8, dtype=np.float32),  # four readings of two numbers
+        "plain": np.arange(2, dtype=np.float32),
+        "unread": np.empty(0, dtype=np.float32),
+    }
+    outputs = [
+        SimpleNamespace(request_id="drafted", new_token_ids=[5, 6]),
+        SimpleNamespace(request_id="plain", new_token_ids=[5]),
+        SimpleNamespace(request_id="unread", new_token_ids=[5, 6]),
+        SimpleNamespace(request_id="other", new_token_ids=[5, 6]),
+    ]
+    drafts = {"drafted": [1, 2, 3], "unread": [1], "other": [1]}
+    _leave_out_rejected(outputs, segments, drafts)
+    assert {name: part.tolist() for name, part in segments.items()} == {
+        "drafted": [0, 1, 2, 3], "plain": [0, 1], "unread": [],
+    }  # fmt: skip
 
 
 def test_a_step_that_puts_nothing_out_is_a_sign_of_life():

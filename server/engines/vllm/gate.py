@@ -52,6 +52,7 @@ def check_signatures() -> None:
     )
     from vllm.v1.metrics.stats import PrefillStats
     from vllm.v1.outputs import LogprobsLists
+    from vllm.v1.sample import rejection_sampler
     from vllm.v1.worker import gpu_model_runner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
     from vllm.v1.worker.gpu_worker import Worker
@@ -61,7 +62,14 @@ def check_signatures() -> None:
         (GPUModelRunner, "execute_model", ("self", "scheduler_output", "intermediate_tensors")),
         (GPUModelRunner, "_prepare_inputs", ("self", "scheduler_output", "num_scheduled_tokens")),
         (GPUModelRunner, "sample_tokens", ("self", "grammar_output")),
+        (GPUModelRunner, "_sample", ("self", "logits", "spec_decode_metadata")),
+        (GPUModelRunner, "_get_nans_in_logits", ("self", "logits")),
         (gpu_model_runner, "count_nans_per_row", ("logits",)),
+        (
+            rejection_sampler,
+            "expand_batch_to_tokens",
+            ("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"),
+        ),
         (Scheduler, "update_from_output", ("self", "scheduler_output", "model_runner_output")),
         (AsyncMPClient, "get_output_async", ("self",)),
         (AsyncLLM, "add_request", ("self", "request_id", "prompt", "params")),
@@ -116,7 +124,10 @@ def refuse(config: VllmConfig) -> None:
         "--distributed-executor-backend other than mp, or --nnodes above 1": (
             parallel.distributed_executor_backend not in ("mp", "uni") or parallel.nnodes > 1
         ),
-        "--speculative-config": config.speculative_config is not None,
+        "--speculative-config with another method than ngram or draft_model": (
+            config.speculative_config is not None
+            and config.speculative_config.method not in ("ngram", "draft_model")
+        ),
         "--enable-lora": config.lora_config is not None,
         "--quantization": model.quantization is not None,
         "--kv-cache-dtype other than auto": config.cache_config.cache_dtype != "auto",

@@ -56,6 +56,9 @@ OWN_OPTIONS = {  # of vLLM -> how this server calls them; "": it sets them, and 
     "scheduler_cls": "",
     "additional_config": "",
 }
+UNKNOWN_TO_DRAFTS = dict.fromkeys(  # vLLM: SamplingParams._validate_spec_decode
+    ("min_p", "logit_bias"), "vLLM does not know it with --speculative-config"
+)
 KV_CACHE_BYTES_ON_CPU = 2**30  # vLLM alone would claim nearly all memory
 # Read by vLLM when it is imported and by its processes; what the operator has set stays.
 ENVIRONMENT = {
@@ -127,6 +130,7 @@ def load_vllm_engine(
     llm = _start(_engine_arguments([*words, *ours]), plan)
     from server.engines.vllm.engine import VllmEngine
 
+    is_drafting = llm.vllm_config.speculative_config is not None
     card = EngineCard(
         engine="vllm",
         model_id=model_id,
@@ -136,6 +140,7 @@ def load_vllm_engine(
         eos_token_ids=ends,
         dtype=found.dtype,
         identity=found,
+        refused_sampling=UNKNOWN_TO_DRAFTS if is_drafting else {},
     )
     return VllmEngine(
         llm,

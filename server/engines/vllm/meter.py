@@ -83,6 +83,7 @@ class _Step(NamedTuple):
 
     request_ids: list[str]
     counts: list[int]  # rows of each request
+    drafts: list[int]  # how many of them, the last ones, were fed drafts of its next tokens
     orders: list[Order | None]
     spans: list[tuple[int, int]]  # half-open
     rows: Tensor  # all of them, in one
@@ -100,7 +101,7 @@ class WorkerMeter:
         self._flat = layout.flat.to(device)
         self._weight, self._bias = plan.weight.to(device), plan.bias.to(device)
         self._orders: dict[str, Order] = {}
-        self._layout = self._lay_out([], [])  # of the pass that runs, or ran last
+        self._layout = self._lay_out([], [], [])  # of the pass that runs, or ran last
         self._is_running = False
         self._is_dosed = False
 
@@ -113,27 +114,36 @@ class WorkerMeter:
             if extra and EXTRA_ARGS_KEY in extra:
                 self._orders[request.req_id] = Order(*extra[EXTRA_ARGS_KEY])
 
-    def begin(self, request_ids: Sequence[str], num_tokens: Mapping[str, int]) -> None:
-        """Before a pass over so many tokens of each request, in this order of rows."""
+    def begin(
+        self,
+        request_ids: Sequence[str],
+        num_tokens: Mapping[str, int],
+        drafts: Mapping[str, Sequence[int]],
+    ) -> None:
+        """Before a pass over so many tokens of each request, in this order of rows.
+
+        `drafts` of a request's next tokens are the last of its tokens in this pass. The row before
+        them and theirs are all read: which drafts stand is known when the pass is over.
+        """
         ids, counts = list(request_ids), [num_tokens[request_id] for request_id in request_ids]
-        if (self._layout.request_ids, self._layout.counts) != (ids, counts):
-            self._layout = self._lay_out(ids, counts)
+        drafted = [len(drafts.get(request_id, ())) for request_id in request_ids]
+        if self._layout[:3] != (ids, counts, drafted):
+            self._layout = self._lay_out(ids, counts, drafted)
         self._is_running = True
         self._fill_in_doses(self._layout.orders, counts)
 
-    def _lay_out(self, request_ids: list[str], counts: list[int]) -> _Step:
+    def _lay_out(self, request_ids: list[str], counts: list[int], drafts: list[int]) -> _Step:
         orders = [self._orders.get(request_id) for request_id in request_ids]
         spans = []
         end = 0
-        for order, count in zip(orders, counts, strict=True):
+        for order, count, drafted in zip(orders, counts, drafts, strict=True):
             end += count
-            taken = 0 if order is None else count if order.whole_prompt else 1
+            taken = 0 if order is None else count if order.whole_prompt else 1 + drafted
             spans.append((end - taken, end))
         rows = [row for first, last in spans for row in range(first, last)]
         device = self._buffers.cett.device
-        return _Step(
-            request_ids, counts, orders, spans, torch.tensor(rows, dtype=torch.int64).to(device)
-        )
+        taken_rows = torch.tensor(rows, dtype=torch.int64).to(device)
+        return _Step(request_ids, counts, drafts, orders, spans, taken_rows)
 
     def _fill_in_doses(self, orders: Sequence[Order | None], counts: Sequence[int]) -> None:
         dosed = any(order is not None and order.alpha != 1 for order in orders)

@@ -7,8 +7,7 @@ of requests, where it has laid out the rows of a pass, and where it hands out wh
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
-from vllm.v1.worker import gpu_model_runner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from probes.errors import ModelError
@@ -26,6 +24,7 @@ from server.engines.vllm.meter import Pending, Readings, WorkerMeter
 from server.engines.vllm.plan import EXTRA_ARGS_KEY, MeterPlan, Order
 from server.engines.vllm.processes import end_with_server
 from server.engines.vllm.refusal import leaving_why
+from server.engines.vllm.repairs import keeping_idle_generators, repair
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
@@ -38,9 +37,9 @@ class OwnedWorker(_Worker):
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         _leave_interrupts_to_the_server()
-        gpu_model_runner.count_nans_per_row = rows_with_nans
         with leaving_why():
             super().load_model(load_dummy_weights=load_dummy_weights)
+            repair(self.model_runner)
             self._prepare()
 
     def init_device(self) -> None:
@@ -83,15 +82,6 @@ class MeteredWorker(OwnedWorker):
         wrap(self.model_runner, meter)
 
 
-def rows_with_nans(logits: torch.Tensor) -> torch.Tensor:
-    """`[rows, vocab]` -> `[rows]` int32: 1 where a row is not all numbers.
-
-    In the place of vLLM's count, whose table of flags took 1.3 ms of each step with 32 rows of
-    49,152 on a CPU, a hundredth of it; a sum takes .04. Minus infinity is a mask, not a fault.
-    """
-    return logits.sum(dim=-1, dtype=torch.float32).isnan().to(torch.int32)
-
-
 def wrap(runner: Any, meter: WorkerMeter) -> None:
     """Let the meter see every real pass of vLLM's model runner (dummy passes lay out no rows)."""
     execute: Callable[..., Any] = runner.execute_model
@@ -105,33 +95,23 @@ def wrap(runner: Any, meter: WorkerMeter) -> None:
     def prepare_inputs(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         prepared = prepare(scheduler_output, *args, **kwargs)
         batch = runner.input_batch
-        meter.begin(batch.req_ids[: batch.num_reqs], scheduler_output.num_scheduled_tokens)
+        meter.begin(
+            batch.req_ids[: batch.num_reqs],
+            scheduler_output.num_scheduled_tokens,
+            scheduler_output.scheduled_spec_decode_tokens,
+        )
         return prepared
 
     @torch.inference_mode()
     def sample_tokens(*args: Any, **kwargs: Any) -> Any:
         pending = meter.read(runner.positions)
-        with _keeping_idle_generators(runner):
+        with keeping_idle_generators(runner):
             output = sample(*args, **kwargs)
         return _attach(output, pending)
 
     runner.execute_model = execute_model
     runner._prepare_inputs = prepare_inputs
     runner.sample_tokens = sample_tokens
-
-
-@contextmanager
-def _keeping_idle_generators(runner: Any) -> Iterator[None]:
-    """A seeded request whose prompt is not read to its end draws no random number yet.
-
-    vLLM draws one for every row and turns the generator back afterwards, which generators on the
-    CPU cannot do: one seeded request with a long prompt would end the engine (seen with 0.32).
-    """
-    generators = runner.input_batch.generators
-    idle = np.nonzero(runner.discard_request_mask.np[: runner.input_batch.num_reqs])[0].tolist()
-    held = {row: generators.pop(row) for row in idle if row in generators}
-    yield
-    generators.update(held)
 
 
 def _attach(output: Any, pending: Pending | None) -> Any:
@@ -179,7 +159,9 @@ class _HandsOn:
                 for request_id, i in model_runner_output.req_id_to_index.items()
             }
             self._keep_chunks(segments, by_client)
+            drafts = scheduler_output.scheduled_spec_decode_tokens
             for outputs in by_client.values():
+                _leave_out_rejected(outputs.outputs, segments, drafts)
                 self._hand_on(outputs.outputs, segments)
         # A long prompt is read in many steps that put nothing out: no sign of life is a hang.
         return by_client or {0: EngineCoreOutputs()}
@@ -206,6 +188,17 @@ class _HandsOn:
         parts = [segments.get(output.request_id, nothing) for output in outputs]
         lengths = np.array([len(part) for part in parts], dtype=np.float32)
         outputs[0].routed_experts = np.concatenate([lengths, *parts])
+
+
+def _leave_out_rejected(
+    outputs: list[EngineCoreOutput], segments: dict[str, Any], drafts: dict[str, list[int]]
+) -> None:
+    """Of a request with drafts: one reading per new token. The rows behind were fed drafts that do
+    not stand, or that come after the end of the answer."""
+    for output in outputs:
+        if (drafted := drafts.get(output.request_id)) and output.request_id in segments:
+            readings = segments[output.request_id].reshape(1 + len(drafted), -1)
+            segments[output.request_id] = readings[: len(output.new_token_ids)].reshape(-1)
 
 
 class _MeteredScheduler(_HandsOn, Scheduler):
