@@ -14,14 +14,14 @@ import typer
 
 from offline.run_folder import holds_run
 from offline.run_verbs import collect, evaluate, extract, fit, label, publish, report, resample
-from offline.tools import inspect, push, sweep, transfer
+from offline.tools import crossvalidate, inspect, push, sweep, transfer
 from offline.whole_run import TIMES, in_turn, union_of
 from probes.errors import HNeuronsError
 
 log = logging.getLogger(__name__)
 
 STAGES = (collect, label, extract, resample, fit, evaluate, publish, report)
-TOOLS = (sweep, push, inspect, transfer)
+TOOLS = (crossvalidate, sweep, push, inspect, transfer)
 
 
 def train(**given: object) -> None:

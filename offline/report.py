@@ -16,6 +16,7 @@ import numpy as np
 
 from offline.answer_spans import decode, token_offsets
 from offline.caveats import not_good_for
+from offline.crossvalidate import FILE, CrossValidation
 from offline.curves import Curve
 from offline.dataset import Dataset
 from offline.evaluate import Evaluation
@@ -107,7 +108,7 @@ class TintedAnswer(Record, frozen=True, kw_only=True):
 
 
 class Report(Record, frozen=True, kw_only=True):
-    """One run. `sweep` is None when no sweep was run."""
+    """One run. `sweep` and `crossvalidation` are None when they were not run."""
 
     model: ModelIdentity
     position: str
@@ -117,6 +118,7 @@ class Report(Record, frozen=True, kw_only=True):
     neurons: tuple[Neuron, ...]
     budgets: tuple[Budget, ...]
     rows: tuple[EvaluationRow, ...]
+    crossvalidation: CrossValidation | None
     curves: tuple[Curve, ...]
     reliability: tuple[ReliabilityBin, ...]
     token_points: tuple[OperatingPoint, ...]
@@ -138,8 +140,8 @@ class Report(Record, frozen=True, kw_only=True):
 def make_report(
     run: Path, result: FitResult, evaluation: Evaluation, data: Dataset, tokenizer: LoadedTokenizer
 ) -> Report:
-    """Gather it from the files of `run`, all of which must be there but sweep.json. RecordError
-    when they do not belong together."""
+    """Gather it from the files of `run`, all of which must be there but sweep.json and
+    crossvalidation.json. RecordError when they do not belong together."""
     result.check(data.features.header)
     evaluation.check(result)
     header, answers = read_records(run / "answers.jsonl", Answer)
@@ -159,6 +161,7 @@ def make_report(
             for i, trial in enumerate(result.trials)
         ),
         rows=evaluation.rows,
+        crossvalidation=_crossvalidation(run, result),
         curves=evaluation.curves,
         reliability=evaluation.reliability,
         token_points=result.token_points,
@@ -169,6 +172,17 @@ def make_report(
         not_good_for=not_good_for(facts["judge"], result.pooling),
         sweep=SweepFigures.load(sweep) if sweep.exists() else None,
     )
+
+
+def _crossvalidation(run: Path, result: FitResult) -> CrossValidation | None:
+    if not (run / FILE).exists():
+        return None
+    found = CrossValidation.load(run / FILE)
+    if (found.settings, found.features) != (result.settings, result.features):
+        raise RecordError(
+            f"{run / FILE} is of another fit or other features; `crossvalidate` again"
+        )
+    return found
 
 
 def _funnel(answers: list[Answer], labels: list[Label]) -> Iterator[Funnel]:

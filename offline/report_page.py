@@ -32,6 +32,10 @@ def render(report: Report) -> str:
     ]
     tables = evaluation_tables(report.rows)
     ranked = [table for table in tables if "auroc" in table.metrics]
+    headline = _headline([table.dataset for table in ranked])
+    crossvalidated = evaluation_tables(
+        report.crossvalidation.rows if report.crossvalidation else ()
+    )
     shown = {(table.dataset, metric) for table in tables for metric in table.metrics}
     return environment.get_template("report.html").render(
         report=report,
@@ -40,7 +44,8 @@ def render(report: Report) -> str:
         curves={name: charts.curves(report, name) for name in datasets},
         reliability=charts.reliability(report),
         ranked=ranked,
-        headline=_headline([table.dataset for table in ranked]),
+        headline=headline,
+        crossvalidated=[table for table in crossvalidated if table.dataset in headline],
         remaining=[row for row in report.rows if (row.dataset, row.metric) not in shown],
         others=[table for table in tables if "auroc" not in table.metrics],
         doses=charts.doses(report.sweep) if report.sweep else {},

@@ -31,7 +31,7 @@ def unit(answer: Answer, groups_of_source: int) -> str:
     question, without case and punctuation."""
     if groups_of_source >= MIN_GROUPS:
         return f"{answer.source}/{answer.group}"
-    return _plain(answer)
+    return plain(answer)
 
 
 def assign(
@@ -51,15 +51,15 @@ def assign(
         answer.id: unit(answer, len(groups[answer.source])) if answer.gold else answer.question_id
         for answer in answers
     }
-    asked = {_plain(answer) for answer in answers if answer.source not in transfer}
+    asked = {plain(answer) for answer in answers if answer.source not in transfer}
     parts: dict[str, Part] = {}
     for answer in answers:
         if answer.source in transfer:
-            parts[answer.id] = "excluded" if _plain(answer) in asked else "transfer"
+            parts[answer.id] = "excluded" if plain(answer) in asked else "transfer"
         elif answer.gold:
             parts[answer.id] = home(units[answer.id], seed)
         elif not answer.split:
-            parts[answer.id] = home(_plain(answer), seed)  # one text is in one part
+            parts[answer.id] = home(plain(answer), seed)  # one text is in one part
         else:
             if answer.split not in OWN_SPLITS:
                 raise RecordError(
@@ -67,9 +67,9 @@ def assign(
                     f"{', '.join(OWN_SPLITS)}"
                 )
             parts[answer.id] = OWN_SPLITS[answer.split]
-    tested = {_plain(answer) for answer in answers if parts[answer.id] == "test"}
+    tested = {plain(answer) for answer in answers if parts[answer.id] == "test"}
     for answer in answers:
-        if parts[answer.id] == "fit" and _plain(answer) in tested:
+        if parts[answer.id] == "fit" and plain(answer) in tested:
             parts[answer.id] = "excluded"
     check_disjoint(answers, units, parts)
     return units, parts
@@ -84,7 +84,7 @@ def check_disjoint(
         here = parts[answer.id]
         if here == "excluded":
             continue
-        for key in (answer.question_id, f"unit {units[answer.id]}", f"text {_plain(answer)}"):
+        for key in (answer.question_id, f"unit {units[answer.id]}", f"text {plain(answer)}"):
             before = seen.setdefault(key, here)
             if before != here:
                 raise RecordError(f"{key!r} stands in {before!r} and in {here!r}: the split leaks")
@@ -115,6 +115,6 @@ def _draw(name: str, seed: int) -> float:
     return float(int.from_bytes(digest[:8]) / 2**64)
 
 
-def _plain(answer: Answer) -> str:
+def plain(answer: Answer) -> str:
     """The question without case and punctuation."""
     return " ".join(word.key for word in words(answer.question or answer.prompt))

@@ -62,6 +62,23 @@ def sweep(
     )
 
 
+@holds_run
+def crossvalidate(
+    out: Run,
+    splits: Annotated[int, typer.Option(min=2, help="of the relations and questions")] = 5,
+) -> None:
+    """Fit and evaluate anew until every relation was unseen once: how good the method is."""
+    from offline import crossvalidate as verb
+    from offline.dataset import load_dataset
+    from offline.fit_result import FitResult
+
+    settings = FitResult.load(out / "fit.json").settings
+    data = load_dataset(out, transfer=frozenset(settings.transfer), seed=settings.seed)
+    found = verb.crossvalidate(data, settings, out / verb.FOLDER, splits=splits)
+    found.save(out / verb.FILE)
+    typer.echo(verb.table(found))
+
+
 def push(
     folder: Annotated[Path, typer.Argument(help="folder of a probe, as `publish` writes it")],
     repository: Annotated[str, typer.Argument(help="org/name on the hub; made if it is not there")],

@@ -8,10 +8,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from offline.crossvalidate import CrossValidation
 from offline.curves import Curve
+from offline.fit_result import FitSettings
 from offline.report import Budget, Funnel, Neuron, PartCounts, Piece, Report, TintedAnswer
 from offline.report_charts import INK, shown_curves
 from offline.report_page import _headline, render
+from offline.shards import FeaturesHeader
 from offline.sweep_figures import Example, Point, Slope, SweepFigures
 from probes.calibration import OperatingPoint
 from probes.card import EvaluationRow, ModelIdentity, ReliabilityBin
@@ -99,6 +102,7 @@ def report() -> Report:
             Budget(neurons=2, figures={"tokens": 0.8, "answers": 0.9}, chosen=True),
         ),
         rows=(row, msgspec.structs.replace(row, **rival)),
+        crossvalidation=None,
         curves=(curve, msgspec.structs.replace(curve, detector="-logprob")),
         reliability=(ReliabilityBin(level="token", mean_risk=0.2, frequency=0.25, n=40),),
         token_points=(point,),
@@ -160,10 +164,30 @@ def test_what_the_model_wrote_is_text_and_stays_text(report: Report, sweep: Swee
     assert 'title="not scored"' in page
 
 
+def test_the_figures_of_the_method_stand_apart_from_those_of_the_probe(report: Report) -> None:
+    """Another probe's figures in the table of this one would flatter or slander it."""
+    assert "crossvalidate</code> was not run" in render(report)
+    row = EvaluationRow(
+        dataset=CLAIMS, detector="probe", metric="auroc", value=0.7431, low=0.7, high=0.8, n=300
+    )
+    header = FeaturesHeader(
+        model=report.model, formula_version=1, position="read", labels_sha256="",
+        residual_layers=(),
+    )  # fmt: skip
+    found = CrossValidation(
+        settings=FitSettings(), features=header, splits=7, neurons=(291, 297), rows=(row,)
+    )
+    page = render(msgspec.structs.replace(report, crossvalidation=found))
+    own, _, method = page.partition("With every relation unseen once")
+    assert "0.743" not in own
+    assert "7 probes were made like this one" in method
+    assert "0.743 [0.700, 0.800]" in method
+
+
 def test_without_a_sweep_the_page_says_so(report: Report, sweep: SweepFigures) -> None:
     assert "Not measured: no sweep was run" in render(report)
     page = render(msgspec.structs.replace(report, sweep=sweep))
-    assert "Not measured" not in page
+    assert "no sweep was run" not in page
     assert "+0.062 [-0.010, +0.120]" in page
     assert "41 H-Neurons of probe <code>tiny@0123456789ab</code>" in page
 
