@@ -27,7 +27,7 @@ serve: sync ## serve $MODEL (the demo model) on 127.0.0.1:$PORT
 	$(BIN)/python -m server $(MODEL) --port $(PORT)
 bench: sync ## what the meter costs
 	$(BIN)/python benchmarks/overhead.py
-probe: sync ## train the shipped probe again from the question files in $DATA; an hour
+probe: sync ## train the shipped probe again from the question files in $DATA; 30 to 60 minutes
 	$(BIN)/python -m offline train "$$($(BIN)/python -m server.demo_model)" --out runs/demo \
 	  --name smollm2-135m-instruct --best-of 6 --transfer nq_open_dev --transfer movies $(QUESTIONS:%=--questions $(DATA)/%) --questions offline/data/ordinary_prompts.jsonl:ordinary \
 	  $(addprefix --given $(DATA)/,wikidata_completions.jsonl:facts:100 halueval_general.jsonl:halueval:100 refchecker_nq.jsonl:refchecker)
