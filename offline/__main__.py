@@ -12,8 +12,9 @@ from pathlib import Path
 
 import typer
 
+from offline.feature_verbs import collect, extract, label, resample
+from offline.probe_verbs import evaluate, fit, publish, report
 from offline.run_folder import holds_run
-from offline.run_verbs import collect, evaluate, extract, fit, label, publish, report, resample
 from offline.tools import crossvalidate, inspect, push, sweep, transfer
 from offline.whole_run import TIMES, in_turn, union_of
 from probes.errors import HNeuronsError

@@ -1,4 +1,4 @@
-"""The verbs of a run, as the command line has them: what each reads, does and writes.
+"""The verbs from questions to features, as the command line has them.
 
 Libraries are imported where they are needed: `--help` must not wait for torch.
 """
@@ -6,9 +6,6 @@ Libraries are imported where they are needed: `--help` must not wait for torch.
 from __future__ import annotations
 
 import os
-import shlex
-import sys
-from pathlib import Path
 
 import msgspec
 
@@ -16,8 +13,6 @@ from offline.options import (
     Agree,
     BaseURL,
     BestOf,
-    C,
-    DesignName,
     DeviceMap,
     Dtype,
     Given,
@@ -25,12 +20,9 @@ from offline.options import (
     JudgeModel,
     JudgeName,
     JudgeURL,
-    License,
-    MaxNeurons,
     MaxTokens,
     Model,
     ModelDtype,
-    Name,
     Paper,
     PartOfShards,
     Position,
@@ -40,11 +32,9 @@ from offline.options import (
     Run,
     Samples,
     Seed,
-    Solver,
     Spans,
     SplitSeed,
     Temperature,
-    To,
     TopK,
     TopP,
     Transfer,
@@ -230,124 +220,3 @@ def resample(
         transfer=transfer,
     )  # fmt: skip
     extract(model, samples, revision, position, dtype, model_dtype, device_map)
-
-
-@holds_run
-def fit(
-    out: Run,
-    transfer: Transfer = None,
-    solver: Solver = "skglm",
-    max_neurons: MaxNeurons = 300,
-    split_seed: SplitSeed = SPLIT_SEED,
-    paper: Paper = False,
-    design: DesignName = None,
-    c: C = 1.0,
-) -> None:
-    """Fit, choose and calibrate a probe."""
-    from offline import fit as verb
-    from offline.dataset import load_dataset
-    from offline.fit_result import FitSettings, parse_design
-    from offline.heads import HeadSettings
-    from offline.l1_path import parse_solver
-
-    settings = FitSettings(
-        seed=split_seed,
-        heads=HeadSettings(solver=parse_solver(solver)),
-        design=parse_design(design or ("3-vs-1" if paper else "tokens")),
-        c=c,
-        max_neurons=max_neurons,
-        transfer=tuple(transfer or ()),
-    )
-    data = load_dataset(out, transfer=frozenset(settings.transfer), seed=split_seed)
-    verb.fit(data, settings).save(out / "fit.json")
-
-
-@holds_run
-def evaluate(out: Run) -> None:
-    """Judge the probe on unseen relations and questions, beside the baselines."""
-    from offline import evaluate as verb
-    from offline.best_of import samples_of
-    from offline.dataset import load_dataset
-    from offline.fit_result import FitResult
-    from offline.given_rows import load_given
-
-    result = FitResult.load(out / "fit.json")
-    data = load_dataset(
-        out, transfer=frozenset(result.settings.transfer), seed=result.settings.seed
-    )
-    given = load_given(out, like=data.features.header)
-    folder = samples_of(out)
-    seed = result.settings.seed
-    samples = load_dataset(folder, transfer=frozenset(), seed=seed) if folder else None
-    verb.evaluate(data, result, given, samples).save(out / "evaluation.json")
-
-
-@holds_run
-def publish(
-    model: Model,
-    out: Run,
-    name: Name,
-    revision: Revision = None,
-    model_dtype: ModelDtype = "auto",
-    device_map: DeviceMap = None,
-    license: License = "apache-2.0",
-    to: To = None,
-) -> None:
-    """Write the folder that `python -m server MODEL --probe FOLDER` loads."""
-    from offline import publish as verb
-    from offline.dataset import load_dataset
-    from offline.evaluate import Evaluation
-    from offline.fit_result import FitResult
-    from offline.models import load_model, load_tokenizer
-
-    result = FitResult.load(out / "fit.json")
-    data = load_dataset(
-        out, transfer=frozenset(result.settings.transfer), seed=result.settings.seed
-    )
-    tokenizer = load_tokenizer(model, revision=revision)
-    verb.publish(
-        to or out / "probe",
-        name=name,
-        result=result,
-        evaluation=Evaluation.load(out / "evaluation.json"),
-        data=data,
-        loaded=load_model(
-            model,
-            revision=revision,
-            tokenizer=tokenizer,
-            dtype=model_dtype,
-            device_map=device_map,
-        ),
-        training=verb.training_facts(out, result, data, command=command_line(), license=license),
-    )
-
-
-@holds_run
-def report(model: Model, out: Run, revision: Revision = None) -> None:
-    """Everything that is known about the run: report.json and report.html."""
-    from offline import report as verb
-    from offline.dataset import load_dataset
-    from offline.evaluate import Evaluation
-    from offline.fit_result import FitResult
-    from offline.models import load_tokenizer
-    from offline.records import write_atomic
-    from offline.report_page import render
-
-    result = FitResult.load(out / "fit.json")
-    data = load_dataset(
-        out, transfer=frozenset(result.settings.transfer), seed=result.settings.seed
-    )
-    verb.make_report(
-        out,
-        result,
-        Evaluation.load(out / "evaluation.json"),
-        data,
-        load_tokenizer(model, revision=revision),
-    ).save(out / "report.json")
-    write_atomic(out / "report.html", render(verb.Report.load(out / "report.json")).encode())
-
-
-def command_line() -> str:
-    """The command line as typed, without the folders of this machine."""
-    typed = (Path(word).name if word.startswith("/") else word for word in sys.argv[1:])
-    return f"python -m offline {shlex.join(typed)}"
