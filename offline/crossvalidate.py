@@ -26,7 +26,6 @@ from offline.evaluate import Evaluation, evaluate
 from offline.fit import fit
 from offline.fit_result import FitResult, FitSettings
 from offline.records import Record, read_record, write_atomic
-from offline.shards import FeaturesHeader
 from offline.splits import folds, plain
 from probes.card import EvaluationRow
 
@@ -40,11 +39,14 @@ SHOWN = ("probe", "-logprob_sum", "-logprob")
 
 class CrossValidation(Record, frozen=True, kw_only=True):
     """Figures of the method. In `rows` a value is the mean over the splits, its interval Student's
-    of that mean; `n` counts the items of all splits. The splits share most of what they are fitted
-    on, so that the interval is somewhat too narrow (Bengio and Grandvalet 2004)."""
+    of that mean; `n` counts the items of all splits.
 
-    settings: FitSettings
-    features: FeaturesHeader
+    The splits share most of what they are fitted on, and all of their ordinary long answers, so
+    that the intervals are somewhat too narrow (Bengio and Grandvalet 2004). What people have
+    decided after they had seen such figures is not held out either.
+    """
+
+    fit_sha256: str  # of the run's fit, whose method this is
     splits: int
     neurons: tuple[int, ...]  # of each split's probe
     rows: tuple[EvaluationRow, ...]
@@ -57,34 +59,37 @@ class CrossValidation(Record, frozen=True, kw_only=True):
         write_atomic(path, msgspec.json.encode(self))
 
 
-def crossvalidate(
-    data: Dataset, settings: FitSettings, folder: Path, *, splits: int
-) -> CrossValidation:
-    """Fit and evaluate on each of `splits` splits; what `folder` holds of these already is kept."""
+def crossvalidate(data: Dataset, like: FitResult, run: Path, *, splits: int) -> CrossValidation:
+    """Fit as `like` was, and evaluate, on each of `splits` splits; of these, what `run` holds
+    already is kept."""
+    like.check(data.features.header)
+    folder = run / FOLDER / like.sha256[:12]  # another fit, or code that fits otherwise: anew
     results, evaluations = [], []
     start = time.monotonic()
-    for number, outer in enumerate(outer_splits(data, splits, seed=settings.seed)):
-        done = _done(folder, number, splits, data, settings)
+    for number, outer in enumerate(outer_splits(data, like.settings, splits)):
+        fitted, judged = (
+            folder / f"{what}-{number + 1}-of-{splits}.json" for what in ("fit", "evaluation")
+        )
+        done = _done(fitted, judged)
         if done is None:
-            result = fit(outer, settings)
+            result = fit(outer, like.settings)
             evaluation = evaluate(outer, result)
-            result.save(_path(folder, "fit", number, splits))
-            evaluation.save(_path(folder, "evaluation", number, splits))
+            result.save(fitted)
+            evaluation.save(judged)
             done = result, evaluation
         results.append(done[0])
         evaluations.append(done[1])
         left = (time.monotonic() - start) / (number + 1) * (splits - number - 1)
         log.info("split %d of %d is done, %.0f min left", number + 1, splits, left / 60)
     return CrossValidation(
-        settings=settings,
-        features=data.features.header,
+        fit_sha256=like.sha256,
         splits=splits,
         neurons=tuple(len(result.chosen.columns) for result in results),
         rows=tuple(mean_rows([evaluation.rows for evaluation in evaluations])),
     )
 
 
-def outer_splits(data: Dataset, count: int, *, seed: int) -> Iterator[Dataset]:
+def outer_splits(data: Dataset, settings: FitSettings, count: int) -> Iterator[Dataset]:
     """The data `count` times, each time with another share of its units as the part `test`.
 
     Long ordinary answers and sources of the part `transfer` stay where they are. A question that
@@ -92,44 +97,58 @@ def outer_splits(data: Dataset, count: int, *, seed: int) -> Iterator[Dataset]:
     """
     home = data.part[data.first[:-1]].astype("U8")  # as wide as "excluded"
     judged = [
-        i for i, answer in enumerate(data.answers) if answer.gold and home[i] in ("fit", "test")
+        i
+        for i, answer in enumerate(data.answers)
+        if answer.gold and answer.source not in settings.transfer
     ]
-    fold = np.array(folds([str(data.unit[data.first[i]]) for i in judged], count, seed=seed))
+    units = [str(data.unit[data.first[i]]) for i in judged]
+    fold = np.array(folds(units, count, seed=settings.seed))
     text = np.array([plain(data.answers[i]) for i in judged])
+    prose = [plain(data.answers[i]) for i in data.ordinary("test")]
     for number in range(count):
         held = fold == number
-        part = np.where(held, "test", np.where(np.isin(text, text[held]), "excluded", "fit"))
+        tested = np.isin(text, [*text[held], *prose])
         parts = home.copy()
-        parts[judged] = part
+        parts[judged] = np.where(held, "test", np.where(tested, "excluded", "fit"))
         yield replace(data, part=parts[data.features.answer])
 
 
 def mean_rows(splits: Sequence[Sequence[EvaluationRow]]) -> Iterator[EvaluationRow]:
-    """Rows that every split has, in the order of the first."""
-    found: dict[tuple[str, str, str], list[EvaluationRow]] = defaultdict(list)
-    for rows in splits:
+    """Rows of data sets that differ from split to split, in the order of the first. One split may
+    lack a row: a source with few right answers has none where they are fewer than it takes."""
+    found: dict[tuple[str, str, str], dict[int, EvaluationRow]] = defaultdict(dict)
+    for number, rows in enumerate(splits):
         for row in rows:
-            found[row.dataset, row.detector, row.metric].append(row)
-    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(splits) - 1))
-    for (dataset, detector, metric), rows in found.items():
-        if len(rows) < len(splits):
+            if not _is_the_same_everywhere(row.dataset):
+                found[row.dataset, row.detector, row.metric][number] = row
+    for (dataset, detector, metric), of_split in found.items():
+        count = len(of_split)
+        if count < max(2, len(splits) - 1):
             continue
-        values = np.array([row.value for row in rows])
-        mean, error = float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(rows)))
+        values = np.array([row.value for row in of_split.values()])
+        quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
+        mean, error = float(values.mean()), quantile * float(values.std(ddof=1) / np.sqrt(count))
+        least = -1.0 if metric.startswith("rank_correlation") else 0.0
         yield EvaluationRow(
             dataset=dataset,
             detector=detector,
             metric=metric,
             value=mean,
-            low=mean - quantile * error,
-            high=mean + quantile * error,
-            n=sum(row.n for row in rows),
+            low=max(mean - error, least),
+            high=min(mean + error, 1.0),
+            n=sum(row.n for row in of_split.values()),
         )
+
+
+def _is_the_same_everywhere(dataset: str) -> bool:
+    """Of what no split holds out, the spread is that of the fit alone, which is no interval."""
+    return "never trained on" in dataset or dataset.startswith(("tokens of ordinary", "ordinary"))
 
 
 def table(found: CrossValidation) -> str:
     """What the command line prints: ranking, of the probe and of what costs nothing."""
-    lines = [f"mean of {found.splits} splits [95 %], {_counts(found.neurons)} neurons"]
+    neurons = f"{min(found.neurons)} to {max(found.neurons)} neurons"
+    lines = [f"mean of {found.splits} splits [95 %], {neurons}"]
     for dataset in evaluation_tables(found.rows):
         if dataset.metrics[0] != "auroc":
             continue
@@ -142,24 +161,10 @@ def table(found: CrossValidation) -> str:
     return "\n".join(lines)
 
 
-def _counts(neurons: Sequence[int]) -> str:
-    return f"{min(neurons)} to {max(neurons)}"
-
-
-def _path(folder: Path, what: str, number: int, splits: int) -> Path:
-    return folder / f"{what}-{number + 1}-of-{splits}.json"
-
-
-def _done(
-    folder: Path, number: int, splits: int, data: Dataset, settings: FitSettings
-) -> tuple[FitResult, Evaluation] | None:
-    """What an earlier run has saved of a split, if it is of these features and settings."""
-    judged = _path(folder, "evaluation", number, splits)
+def _done(fitted: Path, judged: Path) -> tuple[FitResult, Evaluation] | None:
+    """What an earlier run has saved of a split."""
     if not judged.exists():
         return None
-    result = FitResult.load(_path(folder, "fit", number, splits))
-    if result.features != data.features.header or result.settings != settings:
-        return None
-    evaluation = Evaluation.load(judged)
+    result, evaluation = FitResult.load(fitted), Evaluation.load(judged)
     evaluation.check(result)
     return result, evaluation

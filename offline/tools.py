@@ -72,9 +72,10 @@ def crossvalidate(
     from offline.dataset import load_dataset
     from offline.fit_result import FitResult
 
-    settings = FitResult.load(out / "fit.json").settings
+    like = FitResult.load(out / "fit.json")
+    settings = like.settings
     data = load_dataset(out, transfer=frozenset(settings.transfer), seed=settings.seed)
-    found = verb.crossvalidate(data, settings, out / verb.FOLDER, splits=splits)
+    found = verb.crossvalidate(data, like, out, splits=splits)
     found.save(out / verb.FILE)
     typer.echo(verb.table(found))
 

@@ -6,11 +6,9 @@ given. The same squeezed engine as in `test_parity.py`, the same oracle.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shlex
 from collections.abc import AsyncIterator
-from dataclasses import replace
 
 import pytest
 import pytest_asyncio
@@ -141,12 +139,32 @@ async def test_what_vllm_does_not_know_with_drafts_is_told(llama):
     assert set(llama.engine.card.refused_sampling) == {"min_p", "logit_bias"}
 
 
-async def test_one_seed_gives_one_answer_whoever_else_is_served(llama):
-    """I3, of sampled tokens."""
-    request = mixed_requests(1, TEXT, lengths=(40,), tokens=2)[0]
-    sampling = Sampling(temperature=0.9, seed=7, ignore_eos=True)
-    request = replace(request, max_tokens=30, sampling=sampling, alpha=1.0)
-    alone = await llama.generate(request)
-    others = mixed_requests(20, TEXT, lengths=(5, 17), tokens=30)
-    among, *_ = await asyncio.gather(llama.generate(request), *map(llama.generate, others))
-    assert [step.token_id for step in among] == [step.token_id for step in alone]
+async def test_a_prompt_with_one_token_left_is_padded_and_reads_the_same(llama):
+    """Two blocks of it are cached and one token is not: vLLM pads it with drafts that are none."""
+    request = GenerationRequest(
+        request_id="p",
+        prompt_token_ids=tuple(TEXT[7:72]),
+        max_tokens=20,
+        sampling=Sampling(temperature=0.9, seed=7, ignore_eos=True),
+        probe="one",
+        read_last=True,
+    )
+    others = mixed_requests(6, TEXT, lengths=(17,), tokens=20)
+    assert await llama.worst([request]) <= LIMIT["float32"]
+    cached = llama.engine.health().cached_tokens_total
+    assert await llama.worst([*others, request, *[request] * 3]) <= LIMIT["float32"]
+    assert llama.engine.health().cached_tokens_total >= cached + 64
+
+
+async def test_an_answer_that_fills_the_context_is_read_to_its_end(llama):
+    """Drafts are cut there, and the hidden step still has its place."""
+    request = GenerationRequest(
+        request_id="f",
+        prompt_token_ids=tuple(TEXT[:500]),
+        max_tokens=11,
+        sampling=Sampling(temperature=0, ignore_eos=True),
+        probe="one",
+        read_last=True,
+    )
+    assert await llama.worst([request], scoring=False) <= LIMIT["float32"]
+    assert len(await llama.generate(request)) == 12

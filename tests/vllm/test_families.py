@@ -69,6 +69,11 @@ async def test_a_model_that_vllm_does_not_compile_is_refused(start_engine, make_
             '--speculative-config \'{"method": "ngram_gpu", "num_speculative_tokens": 2}\'',
             "--speculative-config with another method than",
         ),
+        (
+            '--speculative-config \'{"method": "ngram", "num_speculative_tokens": 2, '
+            '"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2}\'',
+            "another rejection_sample_method",
+        ),
     ],
 )
 async def test_what_changes_rows_layers_or_weights_is_refused(

@@ -63,8 +63,22 @@ def check_signatures() -> None:
         (GPUModelRunner, "_prepare_inputs", ("self", "scheduler_output", "num_scheduled_tokens")),
         (GPUModelRunner, "sample_tokens", ("self", "grammar_output")),
         (GPUModelRunner, "_sample", ("self", "logits", "spec_decode_metadata")),
-        (GPUModelRunner, "_get_nans_in_logits", ("self", "logits")),
         (gpu_model_runner, "count_nans_per_row", ("logits",)),
+        (gpu_model_runner, "nans_to_dict", ("counts", "req_id_to_index")),
+        (
+            rejection_sampler,
+            "_rejection_random_sample",
+            (
+                "output_token_ids",
+                "cu_num_draft_tokens",
+                "draft_token_ids",
+                "draft_probs",
+                "target_probs",
+                "bonus_token_ids",
+                "recovered_token_ids",
+                "uniform_probs",
+            ),
+        ),
         (
             rejection_sampler,
             "expand_batch_to_tokens",
@@ -115,6 +129,7 @@ def refuse(config: VllmConfig) -> None:
         config.parallel_config,
         config.scheduler_config,
     )
+    drafts = config.speculative_config
     compilation = config.compilation_config.mode
     reasons = {
         "--pipeline-parallel-size above 1": parallel.pipeline_parallel_size > 1,
@@ -125,8 +140,10 @@ def refuse(config: VllmConfig) -> None:
             parallel.distributed_executor_backend not in ("mp", "uni") or parallel.nnodes > 1
         ),
         "--speculative-config with another method than ngram or draft_model": (
-            config.speculative_config is not None
-            and config.speculative_config.method not in ("ngram", "draft_model")
+            drafts is not None and drafts.method not in ("ngram", "draft_model")
+        ),
+        "--speculative-config with another rejection_sample_method than standard": (
+            drafts is not None and drafts.rejection_sample_method != "standard"
         ),
         "--enable-lora": config.lora_config is not None,
         "--quantization": model.quantization is not None,

@@ -5,9 +5,9 @@ Each was seen, and has a test that fails without it. Gone with the version that 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,14 @@ from vllm.v1.worker import gpu_model_runner
 
 def repair(runner: Any) -> None:
     """Once, when the model of vLLM's model runner is loaded."""
-    gpu_model_runner.count_nans_per_row = rows_with_nans
-    count_nans_by_request(runner)
+    gpu_model_runner.count_nans_per_row = nans_by_request(runner)
     if current_platform.is_cpu():
         rejection_sampler.expand_batch_to_tokens = expand_to_rows
+        sample = rejection_sampler._rejection_random_sample
+        rejection_sampler._rejection_random_sample = rejecting_padding(sample)
 
 
-def rows_with_nans(logits: torch.Tensor) -> torch.Tensor:
+def rows_with_nans(logits: Tensor) -> Tensor:
     """`[rows, vocab]` -> `[rows]` int32: 1 where a row is not all numbers.
 
     In the place of vLLM's count, whose table of flags took 1.3 ms of each step with 32 rows of
@@ -35,9 +36,12 @@ def rows_with_nans(logits: torch.Tensor) -> torch.Tensor:
     return logits.sum(dim=-1, dtype=torch.float32).isnan().to(torch.int32)
 
 
-def count_nans_by_request(runner: Any) -> None:
-    """With drafts a request has several rows of logits; vLLM 0.32 takes row i for request i's and
-    would end another request than the one that is broken."""
+def nans_by_request(runner: Any) -> Callable[[Tensor], Tensor]:
+    """`rows_with_nans`, summed by request: `[requests]` int32.
+
+    With drafts a request has several rows of logits. vLLM takes the count of row i for that of
+    request i, and would end another request than the one that is broken.
+    """
     sample: Callable[..., Any] = runner._sample
     sizes: list[int] = []  # rows of each request in this pass; empty: one each
 
@@ -45,13 +49,51 @@ def count_nans_by_request(runner: Any) -> None:
         sizes[:] = [] if metadata is None else [1 + drafts for drafts in metadata.num_draft_tokens]
         return sample(logits, metadata)
 
-    def nans_in_logits(logits: torch.Tensor | None) -> dict[str, int]:
-        counts = [] if logits is None else rows_with_nans(logits).tolist()
-        rows = iter(counts)
-        by_request = [sum(itertools.islice(rows, size)) for size in sizes or [1] * len(counts)]
-        return dict(zip(runner.input_batch.req_ids, by_request, strict=False))
+    def counts(logits: Tensor) -> Tensor:
+        rows = rows_with_nans(logits)
+        if not sizes:
+            return rows
+        owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(rows.device)
+        return rows.new_zeros(len(sizes)).index_add_(0, owner, rows)
 
-    runner._sample, runner._get_nans_in_logits = noting_sizes, nans_in_logits
+    runner._sample = noting_sizes
+    return counts
+
+
+def rejecting_padding(sample: Callable[..., None]) -> Callable[..., None]:
+    """vLLM's sampler for drafts, which never accepts a draft that is none.
+
+    The scheduler pads with -1 where a graph wants as many drafts of every request. vLLM's kernel
+    for CPUs looks up the probability of token -1, which is another row's, and may accept it: then
+    the next token is one that was drawn after a token that nobody wrote.
+    """
+
+    @wraps(sample)
+    def rejecting(
+        output: Tensor,
+        last: Tensor,
+        drafts: Tensor,
+        draft_probs: Tensor | None,
+        target_probs: Tensor,
+        bonus: Tensor,
+        recovered: Tensor,
+        uniform: Tensor,
+        *rest: Any,
+    ) -> None:
+        is_padding = drafts < 0
+        sample(
+            output,
+            last,
+            drafts.clamp(min=0),
+            draft_probs,
+            target_probs,
+            bonus,
+            recovered,
+            uniform.masked_fill(is_padding, torch.inf),  # no probability reaches it
+            *rest,
+        )
+
+    return rejecting
 
 
 def expand_to_rows(

@@ -161,7 +161,8 @@ class _HandsOn:
             self._keep_chunks(segments, by_client)
             drafts = scheduler_output.scheduled_spec_decode_tokens
             for outputs in by_client.values():
-                _leave_out_rejected(outputs.outputs, segments, drafts)
+                if drafts:
+                    _leave_out_rejected(outputs.outputs, segments, drafts)
                 self._hand_on(outputs.outputs, segments)
         # A long prompt is read in many steps that put nothing out: no sign of life is a hang.
         return by_client or {0: EngineCoreOutputs()}

@@ -10,11 +10,9 @@ import pytest
 
 from offline.crossvalidate import CrossValidation
 from offline.curves import Curve
-from offline.fit_result import FitSettings
 from offline.report import Budget, Funnel, Neuron, PartCounts, Piece, Report, TintedAnswer
 from offline.report_charts import INK, shown_curves
 from offline.report_page import _headline, render
-from offline.shards import FeaturesHeader
 from offline.sweep_figures import Example, Point, Slope, SweepFigures
 from probes.calibration import OperatingPoint
 from probes.card import EvaluationRow, ModelIdentity, ReliabilityBin
@@ -166,17 +164,11 @@ def test_what_the_model_wrote_is_text_and_stays_text(report: Report, sweep: Swee
 
 def test_the_figures_of_the_method_stand_apart_from_those_of_the_probe(report: Report) -> None:
     """Another probe's figures in the table of this one would flatter or slander it."""
-    assert "crossvalidate</code> was not run" in render(report)
+    assert "crossvalidate</code> was not run for this fit" in render(report)
     row = EvaluationRow(
         dataset=CLAIMS, detector="probe", metric="auroc", value=0.7431, low=0.7, high=0.8, n=300
     )
-    header = FeaturesHeader(
-        model=report.model, formula_version=1, position="read", labels_sha256="",
-        residual_layers=(),
-    )  # fmt: skip
-    found = CrossValidation(
-        settings=FitSettings(), features=header, splits=7, neurons=(291, 297), rows=(row,)
-    )
+    found = CrossValidation(fit_sha256="f", splits=7, neurons=(291, 297), rows=(row,))
     page = render(msgspec.structs.replace(report, crossvalidation=found))
     own, _, method = page.partition("With every relation unseen once")
     assert "0.743" not in own
