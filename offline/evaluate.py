@@ -1,7 +1,7 @@
 """Verb `evaluate`: how well the probe tells, on relations and questions it never saw, beside what
 costs nothing.
 
-Three levels. Tokens: those of wrong claims against all others. Claims: mean token logit over the
+Levels. Tokens: those of wrong claims against all others. Claims: mean token logit over the
 known claim, wrong against right. Answers: whole short answers, pooled over all their tokens as the
 server does. Baselines stand in the same tables on the same items. Intervals are resampled by unit
 (relation, question).
@@ -31,6 +31,7 @@ from offline.domains import MIN_CLASS, Place, alone, places
 from offline.examples import answer_examples, answer_means
 from offline.features import IntArray
 from offline.fit_result import FitResult
+from offline.flagged_spans import runs, span_mixture, span_rows
 from offline.given_rows import Given, given_rows
 from offline.metrics import Floats
 from offline.mixtures import JUDGED, POOLINGS, claim_means, mixture, pooled, response_mixture
@@ -98,6 +99,7 @@ def evaluate(
     detectors = token_detectors(data, result)
     found += _tokens(data, result, detectors, logits[:, 0])
     found += _flagged_tokens(data, result, logits[:, 0])
+    found += span_rows(data, logits[:, 0], result.token, result.span, result.token_points)
     found += _claims(data, logits[:, 0])
     found += given_rows(given, detectors) if given else ()
     found += _responses(data, result, logits[:, result.response_head])
@@ -310,7 +312,10 @@ def _reliability(data: Dataset, result: FitResult, logits: Floats) -> tuple[Reli
     answers, wrong = response_mixture(data, "test")
     score = pooled(data, logits[:, result.response_head], answers, result.pooling)
     token, response = calibrate(result.token, logits[rows, 0]), calibrate(result.response, score)
+    default = [p for p in result.token_points if p.name == result.settings.token_default]
+    spans = runs(data, logits[:, 0], span_mixture(data, "test"), result.token, default)
     return (
         *metrics.reliability_bins("token", token, data.features.kind[rows] == Kind.WRONG),
+        *metrics.reliability_bins("span", calibrate(result.span, spans.logit), spans.wrong),
         *metrics.reliability_bins("response", response, wrong),
     )

@@ -20,13 +20,19 @@ from offline.dataset import Dataset
 from offline.examples import Examples, answer_examples, claim_examples, token_examples
 from offline.features import IntArray
 from offline.fit_result import ANSWER, TOKEN, FitResult, FitSettings, Trial
+from offline.flagged_spans import runs, span_mixture
 from offline.heads import Weights, join, train, train_as_the_paper
 from offline.metrics import Bools, Floats, rank
 from offline.mixtures import JUDGED, POOLINGS, claim_means, mixture, pooled, response_mixture
 from offline.records import RecordError
 from offline.shards import Kind
 from offline.splits import folds
-from probes.calibration import calibrate, choose_operating_points
+from probes.calibration import (
+    Calibration,
+    OperatingPoint,
+    calibrate,
+    choose_operating_points,
+)
 from probes.spans import Pooling
 
 log = logging.getLogger(__name__)
@@ -224,6 +230,7 @@ def _calibrated(
     )
     risk = calibrate(token, logits[rows, 0])
     token_points = choose_operating_points(risk[~wrong], risk[wrong])
+    span, span_scores = _calibrated_spans(data, settings, logits[:, 0], token, token_points)
     answers, wrong = response_mixture(data, "fit")
     scores = {p: pooled(data, logits[:, -1], answers, p) for p in POOLINGS}
     ranks = {p: rank(wrong, score) for p, score in scores.items()}
@@ -247,12 +254,34 @@ def _calibrated(
         },
         pooling=pooling,
         poolings={f"{p.kind} {p.window}": ranks[p] for p in POOLINGS},
-        calibrations={"token": token_scores, "response": response_scores},
+        calibrations={"token": token_scores, "span": span_scores, "response": response_scores},
         token=token,
+        span=span,
         token_points=token_points,
         response=response,
         response_points=choose_operating_points(risk[~wrong], risk[wrong]),
     )
+
+
+def _calibrated_spans(
+    data: Dataset,
+    settings: FitSettings,
+    logits: Floats,
+    token: Calibration,
+    points: Sequence[OperatingPoint],
+) -> tuple[Calibration, dict[str, float]]:
+    """Of runs at every operating point, since a client may set another threshold than the default.
+
+    Where runs cannot tell, having no false alarms among them say, the tokens' calibration stands.
+    """
+    found = runs(data, logits, span_mixture(data, "fit"), token, points)
+    try:
+        if not len(found.wrong):
+            raise RecordError("no token is flagged at any operating point")
+        return choose_calibration(found.logit, found.wrong, found.unit.tolist(), seed=settings.seed)
+    except RecordError as error:
+        log.warning("spans keep the calibration of tokens: %s", error)
+        return token, {}
 
 
 def _spread(logits: Floats, rows: IntArray, data: Dataset) -> Floats:

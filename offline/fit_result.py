@@ -68,6 +68,7 @@ class FitResult(Record, frozen=True, kw_only=True):
     poolings: dict[str, float]  # each one's held-out AUROC over whole responses
     calibrations: dict[str, dict[str, float]]  # level -> method -> held-out Brier score
     token: Calibration
+    span: Calibration  # of the mean logit of a run of flagged tokens
     token_points: tuple[OperatingPoint, ...]
     response: Calibration
     response_points: tuple[OperatingPoint, ...]

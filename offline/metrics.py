@@ -213,7 +213,7 @@ def auroc_within(
 
 
 def reliability_bins(
-    level: Literal["token", "response"], risk: Floats, positive: Bools, *, bins: int = 10
+    level: Literal["token", "span", "response"], risk: Floats, positive: Bools, *, bins: int = 10
 ) -> tuple[ReliabilityBin, ...]:
     """Mean risk against observed frequency in equally filled bins."""
     return tuple(

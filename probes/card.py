@@ -18,7 +18,7 @@ from probes.calibration import Calibration, OperatingPoint
 from probes.cett import FORMULA_VERSION
 from probes.spans import Pooling
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # fits a header, a label and a folder
 _DTYPES = frozenset({"float64", "float32", "bfloat16", "float16"})
@@ -78,10 +78,12 @@ class ReferenceRisks(Record, frozen=True, kw_only=True):
 
 
 class TokenRule(Record, frozen=True, kw_only=True):
-    """How one head's logit of one token becomes the token's risk."""
+    """How one head's logit of one token becomes the token's risk; and how the mean logit of a run
+    of flagged tokens becomes the risk that the run touches a wrong claim."""
 
     head: str
     calibration: Calibration
+    span_calibration: Calibration
     operating_points: tuple[OperatingPoint, ...]
     default: str  # name of the operating point that is used when a request sets no threshold
     reference: ReferenceRisks
@@ -131,7 +133,7 @@ class EvaluationRow(Record, frozen=True, kw_only=True):
 class ReliabilityBin(Record, frozen=True, kw_only=True):
     """Mean predicted risk against observed frequency; one bin of a calibration plot."""
 
-    level: Literal["token", "response"]
+    level: Literal["token", "span", "response"]
     mean_risk: float
     frequency: float
     n: int

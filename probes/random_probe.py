@@ -68,6 +68,7 @@ def _card(identity: ModelIdentity, *, name: str, heads: tuple[str, ...]) -> Prob
         token=TokenRule(
             head=heads[0],
             calibration=calibration,
+            span_calibration=calibration,
             operating_points=points,
             default="half",
             reference=ReferenceRisks(edges=(0.5,), shares=(0.5, 0.5)),

@@ -91,7 +91,8 @@ class Token(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A run of flagged tokens of one field; its risk is the calibration of its mean token logit."""
+    """A run of flagged tokens of one field; its risk is made of its mean token logit, by a
+    calibration of its own: claims are longer runs than false alarms."""
 
     start: int
     end: int
@@ -257,7 +258,8 @@ def _spans(plan: RiskPlan, tokens: Sequence[Token]) -> Iterator[Span]:
         for start, stop in flagged_runs([token.is_flagged for token in field]):
             run = field[start:stop]
             logits = [token.logits[0] for token in run if token.logits is not None]
-            risk = plan.probe.card.token.calibration.risk(math.fsum(logits) / len(logits))
+            mean = math.fsum(logits) / len(logits)
+            risk = plan.probe.card.token.span_calibration.risk(mean)
             text = "".join(token.text for token in run)
             yield Span(run[0].start, run[-1].end, text, risk, segment, call)
 

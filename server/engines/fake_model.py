@@ -95,6 +95,7 @@ def fake_probe(
         token=TokenRule(
             head="token",
             calibration=calibration,
+            span_calibration=Platt(slope=0.8, intercept=0.0),
             operating_points=points,
             default=default,
             reference=_REFERENCE,

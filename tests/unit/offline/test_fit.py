@@ -301,7 +301,7 @@ def test_the_evaluation_has_every_baseline_on_the_same_items_with_intervals(
     }  # fmt: skip
     tokens = {row.detector for row in table.rows if row.dataset.startswith("tokens, wrong claims")}
     assert tokens >= {"probe", "probe, mean of 3 neighbours", "-logprob", RANDOM}
-    assert {found.level for found in table.reliability} == {"token", "response"}
+    assert {found.level for found in table.reliability} == {"token", "span", "response"}
 
 
 def test_a_data_set_that_lacks_a_class_has_no_rows_and_the_log_says_so(

@@ -125,6 +125,7 @@ def make_card() -> Callable[..., ProbeCard]:
             "token": TokenRule(
                 head="token",
                 calibration=Platt(slope=1.5, intercept=-0.5),
+                span_calibration=Platt(slope=1.2, intercept=-0.7),
                 operating_points=points,
                 default="fpr_5",
                 reference=ReferenceRisks(edges=(0.5,), shares=(0.5, 0.5)),

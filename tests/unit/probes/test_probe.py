@@ -227,7 +227,7 @@ def test_more_neurons_than_a_probe_may_have_are_refused(make_probe, make_card):
 # --- unsound cards ---------------------------------------------------------------------------
 
 CARDS = {
-    "schema": (("schema_version",), 2, "schema_version is 2, expected 1"),
+    "schema": (("schema_version",), 1, "schema_version is 1, expected 2"),
     "formula": (("formula_version",), 2, "formula_version is 2, expected 1"),
     "name": (("name",), "a b", "name must match"),
     "path name": (("name",), "../x", "name must match"),

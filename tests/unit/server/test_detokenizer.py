@@ -83,6 +83,9 @@ def test_any_text_comes_back_whole(tokenizer, text):
     assert not any(REPLACEMENT in piece for piece in found)
 
 
+SPACE_AS_BYTE = 3 + 0x20
+
+
 @each_tokenizer
 @given(data=st.data())
 def test_any_tokens_give_what_decoding_them_at_once_gives(tokenizer, data):
@@ -90,6 +93,10 @@ def test_any_tokens_give_what_decoding_them_at_once_gives(tokenizer, data):
     size = len(tokenizer)
     byte_tokens = st.integers(3, 258)  # the byte-fallback range, a mix of bytes elsewhere
     ids = data.draw(st.lists(st.integers(0, size - 1) | byte_tokens, max_size=40))
+    if tokenizer is SENTENCEPIECE:
+        # Nor is a space ever a byte token: the decoder strips it at the start of a window, and
+        # replaces it when an unsound byte follows; such text has one replacement more.
+        ids = [i for i in ids if i != SPACE_AS_BYTE]
     found = "".join(pieces(tokenizer, ids))
     expected = decode(tokenizer, ids).rstrip(REPLACEMENT)
     if tokenizer is SENTENCEPIECE:

@@ -1,0 +1,97 @@
+"""Runs of flagged tokens: what the server underlines, judged as a whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from offline.dataset import Dataset
+from offline.fit import _calibrated_spans
+from offline.flagged_spans import runs, span_mixture, span_rows
+from offline.metrics import Floats
+from offline.shards import Kind
+from probes.calibration import OperatingPoint, Platt, calibrate
+from tests.unit.offline.conftest import MakeAnswer
+from tests.unit.offline.test_fit import SETTINGS, _dataset
+
+RULE = Platt(slope=1.0, intercept=0.0)
+POINT = OperatingPoint(name="fpr_1", threshold=0.5, false_positive_rate=0.01, recall=0.5)
+LOW, HIGH = -2.0, 2.0
+
+
+@pytest.fixture
+def data(tmp_path: Path, make_answer: MakeAnswer) -> Dataset:
+    return _dataset(tmp_path / "features", make_answer, ordinary=60)
+
+
+def low(data: Dataset) -> Floats:
+    return np.full(len(data.part), LOW)
+
+
+def test_a_run_is_wrong_when_it_touches_a_wrong_claim(data: Dataset) -> None:
+    """Five tokens, the last of them the claim: two runs, of which one ends in it."""
+    wrong = next(i for i in range(len(data.answers)) if data.labels[i].verdict == "wrong")
+    logits = low(data)
+    first = data.first[wrong]
+    logits[[first, first + 3, first + 4]] = [HIGH, HIGH, HIGH + 1]
+    found = runs(data, logits, [wrong], RULE, [POINT])
+    assert found.logit.tolist() == [HIGH, HIGH + 0.5]
+    assert found.wrong.tolist() == [False, True]
+    assert set(found.unit) == {data.unit[first]}
+    twice = runs(data, logits, [wrong], RULE, [POINT, POINT])
+    assert len(twice.wrong) == 4
+
+
+def test_what_nobody_has_judged_is_no_false_alarm(data: Dataset) -> None:
+    """What an answer adds after its claim may be as wrong as the claim."""
+    wrong = next(i for i in range(len(data.answers)) if data.labels[i].verdict == "wrong")
+    logits, first = low(data), data.first[wrong]
+    logits[first] = HIGH
+    data.features.kind[first] = Kind.UNJUDGED
+    assert len(runs(data, logits, [wrong], RULE, [POINT]).wrong) == 0
+    logits[first + 1] = HIGH  # a run that begins there and goes on into what was judged
+    assert runs(data, logits, [wrong], RULE, [POINT]).wrong.tolist() == [False]
+
+
+def test_the_mixture_has_as_many_tokens_of_prose_as_of_short_answers(data: Dataset) -> None:
+    """Whole answers: of single tokens of prose there are no runs."""
+    answers = span_mixture(data, "fit")
+    rows = np.concatenate([data.rows_of(i) for i in answers])
+    prose = (data.features.kind[rows] == Kind.PROSE).sum()
+    assert 0 <= prose - (len(rows) - prose) <= 40  # one answer more at most
+    assert len(set(answers.tolist())) == len(answers)
+    assert span_mixture(data, "fit").tolist() == answers.tolist()
+
+
+def test_runs_get_the_risk_that_they_have_and_not_that_of_their_tokens(data: Dataset) -> None:
+    """Every wrong claim is flagged, and as many single tokens of prose with the same logit: of the
+    runs one half is right, whatever the tokens' curve says of the logit."""
+    logits, random = low(data), np.random.default_rng(0)
+    claims = np.flatnonzero(data.features.kind == Kind.WRONG)
+    prose = np.flatnonzero(data.features.kind == Kind.PROSE)[::10]
+    for rows in (claims, prose):
+        logits[rows] = random.normal(2.0, 0.3, len(rows)).clip(0.5)
+    span, scores = _calibrated_spans(data, SETTINGS, logits, RULE, [POINT])
+    found = runs(data, logits, span_mixture(data, "fit"), RULE, [POINT])
+    risk = calibrate(span, found.logit)
+    assert scores
+    assert risk.mean() == pytest.approx(found.wrong.mean(), abs=0.02)
+    assert calibrate(RULE, found.logit).mean() > found.wrong.mean() + 0.2
+    rows = {row.metric: row for row in span_rows(data, logits, RULE, span, [POINT])}
+    assert rows["hold_a_wrong_claim"].dataset == "flagged spans, fpr_1"
+    assert 0.2 < rows["hold_a_wrong_claim"].value < 0.8
+    of_tokens = {row.metric: row for row in span_rows(data, logits, RULE, RULE, [POINT])}
+    assert rows["ece"].value < of_tokens["ece"].value - 0.1
+
+
+def test_runs_without_a_false_alarm_keep_the_calibration_of_tokens(
+    data: Dataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A perfect detector is no reason to end the fit."""
+    logits = low(data)
+    logits[data.features.kind == Kind.WRONG] = HIGH
+    assert _calibrated_spans(data, SETTINGS, logits, RULE, [POINT]) == (RULE, {})
+    assert "spans keep the calibration of tokens" in caplog.text
+    assert _calibrated_spans(data, SETTINGS, low(data), RULE, [POINT]) == (RULE, {})
