@@ -84,7 +84,9 @@ def figures() -> str:
     prose = rows["tokens of ordinary long answers", "probe", flagged]
     wrong = rows["tokens of wrong claims", "probe", flagged]
     right = rows["tokens of right claims", "probe", flagged]
-    ece = {level: rows[f"{level} risk", "probe", "ece"]["value"] for level in ("token", "response")}
+    spans = rows[f"flagged spans, {point['name']}", "probe", "hold_a_wrong_claim"]
+    judged = {"token": "token risk", "span": spans["dataset"], "response": "response risk"}
+    ece = {level: rows[name, "probe", "ece"]["value"] for level, name in judged.items()}
     return "\n".join(
         [
             *lines,
@@ -92,8 +94,10 @@ def figures() -> str:
             f"At the default threshold of tokens ({point['threshold']:.2f}, `{point['name']}`) "
             f"{prose['value']:.1%} of the tokens of ordinary long answers are flagged, "
             f"{wrong['value']:.0%} of the tokens of wrong claims and {right['value']:.0%} of those "
-            f"of right claims. Calibration error (ECE): {ece['token']:.3f} for tokens, "
-            f"{ece['response']:.3f} for responses.",
+            f"of right claims; of the spans that they make {spans['value']:.0%} hold a wrong "
+            f"claim (of three wrong answers to two right ones, and as much prose). Calibration error (ECE): "
+            f"{ece['token']:.3f} for tokens, {ece['span']:.3f} for spans, {ece['response']:.3f} "
+            f"for responses.",
             "",
         ]
     )
