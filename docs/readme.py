@@ -97,7 +97,7 @@ def figures() -> str:
             f"of right claims; of the spans that they make {spans['value']:.0%} hold a wrong "
             f"claim (of three wrong answers to two right ones, and as much prose). Calibration error (ECE): "
             f"{ece['token']:.3f} for tokens, {ece['span']:.3f} for spans, {ece['response']:.3f} "
-            f"for responses.",
+            "for responses.",
             "",
         ]
     )
