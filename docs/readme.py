@@ -95,9 +95,9 @@ def figures() -> str:
             f"{prose['value']:.1%} of the tokens of ordinary long answers are flagged, "
             f"{wrong['value']:.0%} of the tokens of wrong claims and {right['value']:.0%} of those "
             f"of right claims; of the spans that they make {spans['value']:.0%} hold a wrong "
-            f"claim (of three wrong answers to two right ones, and as much prose). Calibration error (ECE): "
-            f"{ece['token']:.3f} for tokens, {ece['span']:.3f} for spans, {ece['response']:.3f} "
-            "for responses.",
+            "claim (of three wrong answers to two right ones, and as much prose). Calibration "
+            f"error (ECE): {ece['token']:.3f} for tokens, {ece['span']:.3f} for spans, "
+            f"{ece['response']:.3f} for responses.",
             "",
         ]
     )
