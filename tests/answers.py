@@ -118,7 +118,7 @@ def check_choice(choice):
     assert "".join(span["text"] for span in risk["spans"]) == "".join(flagged)
     for span in risk["spans"]:
         assert fields[field_of(span)][span["start"] : span["end"]] == span["text"]
-        assert span["risk"] >= risk["token_threshold"] - 1e-12
+        assert 0 <= span["risk"] <= 1  # a scale of its own: it may lie below the tokens' threshold
     assert risk["calibrated"] == (risk["alpha"] == 1)
     if choice["logprobs"]:
         assert [entry["risk"] for entry in choice["logprobs"]] == [t["risk"] for t in tokens]
