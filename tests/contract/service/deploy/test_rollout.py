@@ -176,6 +176,9 @@ def test_two_replicas_change_their_probe_one_after_the_other(
             ),
             "a flagged share of each",
         )
+        # How many answers fit into all this is the machine's pace, not what is tested.
+        tools.wait_for(
+            lambda: all(len(traffic.statuses) >= 4 for traffic in crowd), "answers for everybody"
+        )
     statuses = [status for traffic in crowd for status in traffic.statuses]
-    assert len(statuses) > 20
     assert set(statuses) == {200}
