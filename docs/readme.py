@@ -94,10 +94,10 @@ def figures() -> str:
             f"At the default threshold of tokens ({point['threshold']:.2f}, `{point['name']}`) "
             f"{prose['value']:.1%} of the tokens of ordinary long answers are flagged, "
             f"{wrong['value']:.0%} of the tokens of wrong claims and {right['value']:.0%} of those "
-            f"of right claims; of the spans that they make {spans['value']:.0%} hold a wrong "
-            "claim (of three wrong answers to two right ones, and as much prose). Calibration "
-            f"error (ECE): {ece['token']:.3f} for tokens, {ece['span']:.3f} for spans, "
-            f"{ece['response']:.3f} for responses.",
+            f"of right claims. Of the spans that touch judged text {spans['value']:.0%} hold a "
+            "wrong claim (short answers, at most three wrong to two right, and as much prose of "
+            f"all kinds). Calibration error (ECE): {ece['token']:.3f} for tokens, "
+            f"{ece['span']:.3f} for spans, {ece['response']:.3f} for responses.",
             "",
         ]
     )

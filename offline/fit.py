@@ -22,7 +22,7 @@ from offline.features import IntArray
 from offline.fit_result import ANSWER, TOKEN, FitResult, FitSettings, Trial
 from offline.flagged_spans import runs, span_mixture
 from offline.heads import Weights, join, train, train_as_the_paper
-from offline.metrics import Bools, Floats, rank
+from offline.metrics import Bools, Floats, has_both, rank
 from offline.mixtures import JUDGED, POOLINGS, claim_means, mixture, pooled, response_mixture
 from offline.records import RecordError
 from offline.shards import Kind
@@ -275,13 +275,16 @@ def _calibrated_spans(
     Where runs cannot tell, having no false alarms among them say, the tokens' calibration stands.
     """
     found = runs(data, logits, span_mixture(data, "fit"), token, points)
-    try:
-        if not len(found.wrong):
-            raise RecordError("no token is flagged at any operating point")
-        return choose_calibration(found.logit, found.wrong, found.unit.tolist(), seed=settings.seed)
-    except RecordError as error:
-        log.warning("spans keep the calibration of tokens: %s", error)
-        return token, {}
+    reason = "no run is wrong, or all are"
+    if has_both(found.wrong):
+        try:
+            return choose_calibration(
+                found.logit, found.wrong, found.unit.tolist(), seed=settings.seed
+            )
+        except RecordError as error:  # too few, in too few units
+            reason = str(error)
+    log.warning("spans keep the calibration of tokens: %s", reason)
+    return token, {}
 
 
 def _spread(logits: Floats, rows: IntArray, data: Dataset) -> Floats:

@@ -161,7 +161,7 @@ class ProbeCard(Record, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
-            raise ValueError(f"schema_version is {self.schema_version}, expected {SCHEMA_VERSION}")
+            raise ValueError(other_schema(self.schema_version))
         if self.formula_version != FORMULA_VERSION:
             raise ValueError(
                 f"formula_version is {self.formula_version}, expected {FORMULA_VERSION}"
@@ -178,6 +178,14 @@ class ProbeCard(Record, frozen=True, kw_only=True):
                 raise ValueError(f"known answers need {len(self.heads)} logits per token")
             if not all(0 <= token < self.model.vocab_size for token in answer.token_ids):
                 raise ValueError(f"token ids must be in [0, {self.model.vocab_size})")
+
+
+def other_schema(found: int) -> str:
+    """Why a card of schema `found` cannot be read, and what to do."""
+    return (
+        f"schema_version is {found}, expected {SCHEMA_VERSION}: fit and publish the probe again "
+        f"(`python -m offline train` goes on from the features that are there)"
+    )
 
 
 def _require_operating_points(points: tuple[OperatingPoint, ...], default: str) -> None:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from probes.card import ProbeCard, Record
+from probes.card import SCHEMA_VERSION, ProbeCard, Record, other_schema
 from probes.errors import ProbeFormatError
 from probes.files import read_regular_file, refuse_executable, write_folder
 
@@ -37,6 +37,12 @@ class _CardFile(Record, frozen=True, kw_only=True):
 
     card_sha256: str
     card: msgspec.Raw
+
+
+class _Schema(msgspec.Struct):
+    """The one field that cards of all schemas have."""
+
+    schema_version: int
 
 
 _TENSORS = {
@@ -202,6 +208,10 @@ def _parse_card(content: bytes, *, path: Path) -> ProbeCard:
                 f"{path} is damaged or was edited: sha256 of the card is {found}, "
                 f"the file says {file.card_sha256}"
             )
+        # First: a card of another schema has other fields, and its reader should hear why.
+        schema = msgspec.json.decode(file.card, type=_Schema).schema_version
+        if schema != SCHEMA_VERSION:
+            raise ProbeFormatError(f"{path} is not a probe card: {other_schema(schema)}")
         return msgspec.json.decode(file.card, type=ProbeCard)
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:  # ValidationError is a DecodeError
         raise ProbeFormatError(f"{path} is not a probe card: {exc}") from exc

@@ -270,6 +270,17 @@ def test_unsound_cards_are_refused_although_the_digest_fits(case, make_probe, tm
         _load(tmp_path, make_probe(), card=lambda card: _put(card, path, value))
 
 
+def test_a_card_of_another_schema_is_told_so_and_not_what_it_lacks(make_probe, tmp_path):
+    """As every probe of schema 1, which had no calibration of spans."""
+
+    def older(card):
+        card["schema_version"] = 1
+        del card["token"]["span_calibration"]
+
+    with pytest.raises(ProbeFormatError, match=r"schema_version is 1, expected 2: fit and publish"):
+        _load(tmp_path, make_probe(), card=older)
+
+
 @pytest.mark.parametrize("field", ProbeCard.__struct_fields__)
 def test_every_field_of_the_card_is_required(field, make_probe, tmp_path):
     with pytest.raises(ProbeFormatError, match=f"missing required field `{field}`"):
