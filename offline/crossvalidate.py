@@ -63,7 +63,7 @@ def crossvalidate(data: Dataset, like: FitResult, run: Path, *, splits: int) -> 
     """Fit as `like` was, and evaluate, on each of `splits` splits; of these, what `run` holds
     already is kept."""
     like.check(data.features.header)
-    folder = run / FOLDER / like.sha256[:12]  # another fit, or code that fits otherwise: anew
+    folder = run / FOLDER / like.sha256[:12]  # another fit: anew
     results, evaluations = [], []
     start = time.monotonic()
     for number, outer in enumerate(outer_splits(data, like.settings, splits)):
@@ -92,8 +92,8 @@ def crossvalidate(data: Dataset, like: FitResult, run: Path, *, splits: int) -> 
 def outer_splits(data: Dataset, settings: FitSettings, count: int) -> Iterator[Dataset]:
     """The data `count` times, each time with another share of its units as the part `test`.
 
-    Long ordinary answers and sources of the part `transfer` stay where they are. A question that
-    the test asks in another unit is excluded from the fit.
+    Long ordinary answers and sources of the part `transfer` stay where they are. What the test asks
+    in another unit, or as ordinary prose, is excluded from the fit.
     """
     home = data.part[data.first[:-1]].astype("U8")  # as wide as "excluded"
     judged = [
@@ -103,13 +103,12 @@ def outer_splits(data: Dataset, settings: FitSettings, count: int) -> Iterator[D
     ]
     units = [str(data.unit[data.first[i]]) for i in judged]
     fold = np.array(folds(units, count, seed=settings.seed))
-    text = np.array([plain(data.answers[i]) for i in judged])
-    prose = [plain(data.answers[i]) for i in data.ordinary("test")]
+    text = np.array([plain(answer) for answer in data.answers])
     for number in range(count):
-        held = fold == number
-        tested = np.isin(text, [*text[held], *prose])
         parts = home.copy()
-        parts[judged] = np.where(held, "test", np.where(tested, "excluded", "fit"))
+        parts[judged] = np.where(fold == number, "test", "fit")
+        tested = np.isin(text, text[parts == "test"])
+        parts[tested & (parts == "fit")] = "excluded"
         yield replace(data, part=parts[data.features.answer])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -65,6 +66,25 @@ def test_the_mixture_has_as_many_tokens_of_prose_as_of_short_answers(data: Datas
     assert span_mixture(data, "fit").tolist() == answers.tolist()
 
 
+def test_every_kind_of_prose_has_its_turn_and_what_is_unjudged_none(data: Dataset) -> None:
+    """A draw once missed all of two languages, in which most false alarms lie."""
+    ordinary = data.ordinary("fit")
+    rare = set(ordinary[-3:].tolist())
+    named = tuple(
+        msgspec.structs.replace(answer, group="rare" if i in rare else "common")
+        if i in ordinary
+        else answer
+        for i, answer in enumerate(data.answers)
+    )
+    object.__setattr__(data, "answers", named)
+    short = data.answered("fit")
+    data.features.kind[data.rows_of(short[0])] = Kind.UNJUDGED
+    taken = set(span_mixture(data, "fit").tolist())
+    assert rare <= taken
+    assert not set(ordinary.tolist()) <= taken, "all were taken: nothing was shown"
+    assert short[0] not in taken
+
+
 def test_runs_get_the_risk_that_they_have_and_not_that_of_their_tokens(data: Dataset) -> None:
     """Every wrong claim is flagged, and as many single tokens of prose with the same logit: of the
     runs one half is right, whatever the tokens' curve says of the logit."""
@@ -83,7 +103,7 @@ def test_runs_get_the_risk_that_they_have_and_not_that_of_their_tokens(data: Dat
     assert rows["hold_a_wrong_claim"].dataset == "flagged spans, fpr_1"
     assert 0.2 < rows["hold_a_wrong_claim"].value < 0.8
     of_tokens = {row.metric: row for row in span_rows(data, logits, RULE, RULE, [POINT])}
-    assert rows["ece"].value < of_tokens["ece"].value - 0.1
+    assert rows["ece"].value < of_tokens["ece"].value
 
 
 def test_runs_without_a_false_alarm_keep_the_calibration_of_tokens(
