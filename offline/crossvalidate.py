@@ -22,6 +22,7 @@ from scipy import stats
 
 from offline.card import evaluation_tables
 from offline.dataset import Dataset
+from offline.domains import NEVER_TRAINED_ON, ORDINARY_RESPONSES, ORDINARY_TOKENS
 from offline.evaluate import Evaluation, evaluate
 from offline.fit import fit
 from offline.fit_result import FitResult, FitSettings
@@ -141,7 +142,7 @@ def mean_rows(splits: Sequence[Sequence[EvaluationRow]]) -> Iterator[EvaluationR
 
 def _is_the_same_everywhere(dataset: str) -> bool:
     """Of what no split holds out, the spread is that of the fit alone, which is no interval."""
-    return "never trained on" in dataset or dataset.startswith(("tokens of ordinary", "ordinary"))
+    return NEVER_TRAINED_ON in dataset or dataset.startswith((ORDINARY_TOKENS, ORDINARY_RESPONSES))
 
 
 def table(found: CrossValidation) -> str:

@@ -17,6 +17,12 @@ from offline.metrics import Floats
 MIN_CLASS = 15  # a place with fewer right or wrong answers gives no rows
 
 
+# Names of data sets that no split of the units holds out (offline/crossvalidate.py).
+NEVER_TRAINED_ON = "never trained on"
+ORDINARY_TOKENS = "tokens of ordinary long answers"
+ORDINARY_RESPONSES = "ordinary long responses"
+
+
 class Place(NamedTuple):
     """Answers that are judged together."""
 
@@ -33,7 +39,7 @@ def places(data: Dataset) -> list[Place]:
     for source, style in kinds:
         for part in ("test", "transfer"):
             answers = data.answered(part, source=source, style=style)
-            seen = "unseen" if part == "test" else "never trained on"
+            seen = "unseen" if part == "test" else NEVER_TRAINED_ON
             name = f"{source}, {style}, {seen}"
             found.append(Place(f"{name}, as asked", answers))
             if part == "test":

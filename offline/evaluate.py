@@ -27,15 +27,16 @@ from offline.baselines import (
 from offline.best_of import best_of_rows
 from offline.curves import Curve
 from offline.dataset import Dataset
-from offline.domains import MIN_CLASS, Place, alone, places
+from offline.domains import MIN_CLASS, ORDINARY_TOKENS, Place, alone, places
 from offline.examples import answer_examples, answer_means
 from offline.features import IntArray
 from offline.fit_result import FitResult
 from offline.flagged_spans import runs, span_mixture, span_rows
 from offline.given_rows import Given, given_rows
 from offline.metrics import Floats
-from offline.mixtures import JUDGED, POOLINGS, claim_means, mixture, pooled, response_mixture
+from offline.mixtures import JUDGED, claim_means, mixture, pooled, response_mixture
 from offline.records import Record, RecordError, read_record, write_atomic
+from offline.response_rows import pooling_rows, response_rows
 from offline.shards import Kind
 from offline.tables import CALIBRATION, drawn, figure, flagged, has_both, ranked, table
 from probes.calibration import calibrate
@@ -49,7 +50,7 @@ COVERAGES = (0.25, 0.5, 0.75)
 RANDOM = "random neurons, as many"
 COMBINED = "probe and log-probability, standardised sum"
 FLAGGED_KINDS = {
-    Kind.PROSE: "tokens of ordinary long answers",
+    Kind.PROSE: ORDINARY_TOKENS,
     Kind.WRONG: "tokens of wrong claims",
     Kind.RIGHT: "tokens of right claims",
     Kind.SCAFFOLD: "scaffold tokens of short answers",
@@ -102,8 +103,8 @@ def evaluate(
     found += span_rows(data, logits[:, 0], result.token, result.span, result.token_points)
     found += _claims(data, logits[:, 0])
     found += given_rows(given, detectors) if given else ()
-    found += _responses(data, result, logits[:, result.response_head])
-    found += _poolings(data, result, logits)
+    found += response_rows(data, result, logits[:, result.response_head])
+    found += pooling_rows(data, result, logits)
     found += best_of_rows(samples, result) if samples else ()
     rows = tuple(row for row in found if isinstance(row, EvaluationRow))
     for row in rows:
@@ -251,7 +252,7 @@ def _flagged_tokens(data: Dataset, result: FitResult, logits: Floats) -> Iterato
     for name in sorted(set(group.tolist())):
         chosen = np.concatenate([data.rows_of(i) for i in long[group == name]])
         risk = calibrate(result.token, logits[chosen])
-        yield from flagged(f"tokens of ordinary long answers: {name}", default, risk,
+        yield from flagged(f"{ORDINARY_TOKENS}: {name}", default, risk,
                            data.unit[chosen])  # fmt: skip
 
 
@@ -269,42 +270,6 @@ def _claims(data: Dataset, logits: Floats) -> Iterator[Found]:
     }
     for name, score in scores.items():
         yield from ranked(dataset, name, wrong, score, units)
-
-
-def _responses(data: Dataset, result: FitResult, logits: Floats) -> Iterator[Found]:
-    """What the operating points of responses flag, and whether their risks hold."""
-    answers, wrong = response_mixture(data, "test")
-    risk = calibrate(result.response, pooled(data, logits, answers, result.pooling))
-    units = data.unit[data.first[answers]]
-    long = np.arange(len(answers)) >= len(answers) - len(data.ordinary("test"))
-    for name, of in (
-        ("wrong responses", wrong),
-        ("right responses", ~wrong & ~long),
-        ("ordinary long responses", long),
-        ("responses that are not wrong", ~wrong),
-    ):
-        yield from flagged(name, result.response_points, risk[of], units[of])
-    yield from table(CALIBRATION, "response risk", "probe", wrong, risk, units)
-
-
-def _poolings(data: Dataset, result: FitResult, logits: Floats) -> Iterator[Found]:
-    """Every pooling of every head; which one is served was chosen on the fit part."""
-    answers, wrong = response_mixture(data, "test")
-    units = data.unit[data.first[answers]]
-    short = np.arange(len(answers)) < len(answers) - len(data.ordinary("test"))
-    sets = {
-        "pooling, short answers": short,
-        "pooling, short and ordinary long answers": np.ones(len(short), dtype=np.bool_),
-    }
-    sets = {dataset: of for dataset, of in sets.items() if has_both(dataset, wrong[of])}
-    for pooling in POOLINGS:
-        for head, name in enumerate(result.chosen.heads):
-            score = pooled(data, logits[:, head], answers, pooling)
-            detector = f"{name} head, {pooling.kind} {pooling.window}"
-            for dataset, of in sets.items():
-                yield from table(
-                    {"auroc": metrics.auroc}, dataset, detector, wrong[of], score[of], units[of]
-                )
 
 
 def _reliability(data: Dataset, result: FitResult, logits: Floats) -> tuple[ReliabilityBin, ...]:

@@ -164,7 +164,7 @@ def make_report(
             for i, trial in enumerate(result.trials)
         ),
         rows=evaluation.rows,
-        crossvalidation=_crossvalidation(run, result),
+        crossvalidation=_crossvalidation(run, result.sha256),
         curves=evaluation.curves,
         reliability=evaluation.reliability,
         token_points=result.token_points,
@@ -177,12 +177,12 @@ def make_report(
     )
 
 
-def _crossvalidation(run: Path, result: FitResult) -> CrossValidation | None:
+def _crossvalidation(run: Path, fit_sha256: str) -> CrossValidation | None:
     """None, too, when it is of another fit: it need not be run for a report."""
     if not (run / FILE).exists():
         return None
     found = CrossValidation.load(run / FILE)
-    if found.fit_sha256 != result.sha256:
+    if found.fit_sha256 != fit_sha256:
         log.warning("%s is of another fit and left out; `crossvalidate` again", run / FILE)
         return None
     return found

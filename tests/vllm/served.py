@@ -137,3 +137,20 @@ def mixed_requests(
             again = replace(request.sampling, seed=number + 1)
             requests.append(replace(request, sampling=again))
     return requests[:count]
+
+
+def requests_that_fill_blocks(count: int, symbols: int) -> list[GenerationRequest]:
+    """One per block of 32 tokens, which all need a second one before they end: with `count` blocks
+    somebody has to give up. Prompts of so many different `symbols`."""
+    return [
+        GenerationRequest(
+            request_id=str(number),
+            prompt_token_ids=tuple(3 + (number * 7 + i) % symbols for i in range(20)),
+            max_tokens=60,
+            sampling=Sampling(temperature=0, ignore_eos=True),
+            probe="one",
+            alpha=ALPHAS[number % 6],
+            read_last=True,
+        )
+        for number in range(count)
+    ]

@@ -30,7 +30,7 @@ from tests.contract.oracle import (
     make_requests,
     random_prompts,
 )
-from tests.vllm.served import ALPHAS, Served, mixed_requests
+from tests.vllm.served import ALPHAS, Served, mixed_requests, requests_that_fill_blocks
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -117,18 +117,7 @@ async def test_greedy_tokens_are_those_of_the_reference(llama):
 
 async def test_running_requests_give_up_their_blocks_and_lose_no_reading(llama):
     """Preemption: each fills one block, and there is none free when they all need the next."""
-    requests = [
-        GenerationRequest(
-            request_id=str(number),
-            prompt_token_ids=tuple(3 + (number * 7 + i) % 120 for i in range(20)),
-            max_tokens=60,
-            sampling=Sampling(temperature=0, ignore_eos=True),
-            probe="one",
-            alpha=ALPHAS[number % 6],
-            read_last=True,
-        )
-        for number in range(BLOCKS)
-    ]
+    requests = requests_that_fill_blocks(BLOCKS, symbols=120)
     before = await llama.inside("resumed")
     assert await llama.worst(requests) <= LIMIT["float32"]
     assert await llama.inside("resumed") > before, "nothing was preempted"

@@ -55,23 +55,22 @@ def test_a_broken_row_of_a_draft_ends_its_own_request_and_no_other():
 
 def test_a_draft_that_is_padding_is_never_accepted():
     """vLLM 0.32 for CPUs accepted it by the probability of the neighbour's last token."""
-    found = drawn_after_padding("server.engines.vllm.repairs.rejecting_padding")
+    found = drawn_after_padding()
     assert set(found) == {(3,)}  # what the model says after what was written
 
 
-def drawn_after_padding(repair: str) -> list[tuple[int, ...]]:
+def drawn_after_padding() -> list[tuple[int, ...]]:
     """In a process of its own: vLLM's kernels for CPUs are registered for good."""
-    program = f"""
-import importlib, json, torch
+    program = """
+import json, torch
 from types import SimpleNamespace
 from vllm.platforms import current_platform
 current_platform.import_kernels()
 current_platform.register_triton_kernel_overrides()
 from vllm.v1.sample import rejection_sampler
-module, _, name = {repair!r}.rpartition(".")
-if module:
-    repair = getattr(importlib.import_module(module), name)
-    rejection_sampler._rejection_random_sample = repair(rejection_sampler._rejection_random_sample)
+from server.engines.vllm.repairs import rejecting_padding
+sample = rejection_sampler._rejection_random_sample
+rejection_sampler._rejection_random_sample = rejecting_padding(sample)
 logits = torch.zeros(4, 16)
 logits[1, -1] = 20  # of the neighbour's second draft: its last token is nearly certain
 logits[2, 3] = logits[3, 4] = 50
@@ -82,7 +81,7 @@ for _ in range(20):
         torch.tensor([2, 4], dtype=torch.int32), None, logits,
         torch.tensor([[7], [8]], dtype=torch.int32),
         SimpleNamespace(
-            all_greedy=False, all_random=True, temperature=torch.ones(2), generators={{}}
+            all_greedy=False, all_random=True, temperature=torch.ones(2), generators={}
         ),
     )
     found.append([token for token in out[1].tolist() if token >= 0])

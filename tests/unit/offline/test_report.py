@@ -10,7 +10,16 @@ import pytest
 
 from offline.crossvalidate import CrossValidation
 from offline.curves import Curve
-from offline.report import Budget, Funnel, Neuron, PartCounts, Piece, Report, TintedAnswer
+from offline.report import (
+    Budget,
+    Funnel,
+    Neuron,
+    PartCounts,
+    Piece,
+    Report,
+    TintedAnswer,
+    _crossvalidation,
+)
 from offline.report_charts import INK, shown_curves
 from offline.report_page import _headline, render
 from offline.sweep_figures import Example, Point, Slope, SweepFigures
@@ -225,3 +234,15 @@ def test_what_was_chosen_by_is_no_headline() -> None:
         "pooling, short answers",
     ]
     assert _headline(names) == {CLAIMS, "answers, as asked"}
+
+
+def test_a_cross_validation_of_another_fit_is_left_out_and_the_log_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its figures would pass for those of this method."""
+    found = CrossValidation(fit_sha256="f", splits=2, neurons=(1, 2), rows=())
+    assert _crossvalidation(tmp_path, "f") is None
+    found.save(tmp_path / "crossvalidation.json")
+    assert _crossvalidation(tmp_path, "f") == found
+    assert _crossvalidation(tmp_path, "g") is None
+    assert "is of another fit and left out" in caplog.text
