@@ -7,6 +7,7 @@ said. Knows nothing of questions, answers or judges.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -15,6 +16,8 @@ import httpx
 import msgspec
 
 from probes.errors import HNeuronsError
+
+log = logging.getLogger(__name__)
 
 REQUEST_SECONDS = 300.0
 TRANSIENT = (408, 429, 502, 503, 504)  # a slow line, a full queue, a restart
@@ -86,10 +89,12 @@ async def connect(
     in_flight: int,
     api_key: str | None = None,
     model: str | None = None,
+    like: str = "",
     trust_env: bool = True,
 ) -> AsyncIterator[ChatClient]:
-    """A client of the server at `base_url` (with or without /v1); `model`: its first one.
+    """A client of the server at `base_url` (with or without /v1).
 
+    model      as the server calls it; None: the only one that it serves, or the one called `like`
     trust_env  obey proxy variables; False for a child server, which no proxy can reach
     """
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -102,7 +107,7 @@ async def connect(
         timeout=REQUEST_SECONDS,
         trust_env=trust_env,
     ) as http:
-        yield ChatClient(http, model or await _first_model(http))
+        yield ChatClient(http, model or await _served_model(http, like))
 
 
 async def at_most(
@@ -142,11 +147,21 @@ def _decode(response: httpx.Response, name: str) -> Completion:
     return completion
 
 
-async def _first_model(http: httpx.AsyncClient) -> str:
+async def _served_model(http: httpx.AsyncClient, like: str) -> str:
+    """ChatError when several are served and none, or `like`, is not among them: whose answers it
+    would be is anybody's guess."""
     try:
         response = await http.get("/v1/models")
         response.raise_for_status()
-        name: str = response.json()["data"][0]["id"]
+        names: list[str] = [model["id"] for model in response.json()["data"]]
     except (httpx.HTTPError, ValueError, LookupError, TypeError) as exc:
         raise ChatError(f"{http.base_url} is no OpenAI-compatible server: {exc}") from exc
-    return name
+    if like in names:
+        return like
+    if len(names) != 1:
+        raise ChatError(
+            f"{http.base_url} serves {', '.join(names) or 'nothing'}, but no model called "
+            f"{like!r}; give the server of the model that is to be probed"
+        )
+    log.info("%s calls its model %r; it is taken for %r", http.base_url, names[0], like)
+    return names[0]

@@ -175,7 +175,11 @@ async def collect(
     """
     with Appender(path, header) as out:
         async with connect(
-            base_url, in_flight=in_flight, api_key=api_key, trust_env=trust_env
+            base_url,
+            in_flight=in_flight,
+            api_key=api_key,
+            like=header.model_id,
+            trust_env=trust_env,
         ) as client:
             with tqdm(total=done + len(asks), initial=done, unit="answer", desc="collect") as bar:
                 async for answer in at_most(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from offline.choice import WRONG_PER_RIGHT_OF_GROUP, balance
 from offline.features import Features, IntArray, load_features
-from offline.records import Answer, Label, RecordError, read_records, sha256
+from offline.records import Answer, Label, RecordError, read_labelled, sha256
 from offline.shards import Kind
 from offline.splits import Part, assign
 
@@ -106,8 +106,7 @@ def load_dataset(run: Path, *, transfer: frozenset[str], seed: int) -> Dataset:
     features = load_features(run / "features")
     if features.header.labels_sha256 != sha256(run / "labels.jsonl"):
         raise RecordError(f"{run / 'features'} was made from other labels; run `extract` again")
-    _, answers = read_records(run / "answers.jsonl", Answer)
-    _, labels = read_records(run / "labels.jsonl", Label)
+    _, answers, _, labels = read_labelled(run)
     return join(features, answers, labels, transfer=transfer, seed=seed)
 
 

@@ -27,6 +27,7 @@ from offline.options import (
     PartOfShards,
     Position,
     Questions,
+    ResidualLayers,
     Revision,
     RightPerWrong,
     Run,
@@ -134,6 +135,7 @@ def extract(
     dtype: Dtype = "float16",
     model_dtype: ModelDtype = "auto",
     device_map: DeviceMap = None,
+    residual_layer: ResidualLayers = None,
     given: Given = None,
     part: PartOfShards = "1/1",
 ) -> None:
@@ -141,15 +143,14 @@ def extract(
     from offline import extract as verb
     from offline.given_text import given_texts
     from offline.models import load_model, load_tokenizer
-    from offline.records import Answer, Label, read_records, sha256, write_records
+    from offline.records import read_labelled, sha256, write_records
     from offline.shards import FOLDERS, features_header, parse_position
 
     share = verb.Part.parse(part)
     with locked(out, LOCK if share == verb.EVERY_SHARD else f"{LOCK}-part-{share.first}"):
         tokenizer = load_tokenizer(model, revision=revision)
-        header, answers = read_records(out / "answers.jsonl", Answer)
+        header, answers, said, labels = read_labelled(out)
         tokenizer.check(header, out / "answers.jsonl")
-        said, labels = read_records(out / "labels.jsonl", Label)
         loaded = load_model(
             model,
             revision=revision,
@@ -159,7 +160,7 @@ def extract(
         )
         sets = {"labels.jsonl": verb.make_items(answers, labels, end_tokens=loaded.end_tokens)}
         if given:
-            texts = given_texts(given, tokenizer.tokenizer, seed=int(said.settings["split_seed"]))
+            texts = given_texts(given, tokenizer.tokenizer, seed=int(said["split_seed"]))
             made = msgspec.structs.replace(header, kind="given", settings={})
             write_records(out / "given.jsonl", made, texts)
             sets["given.jsonl"] = [text.item() for text in texts]
@@ -173,6 +174,7 @@ def extract(
                     parse_position(position),
                     sha256(out / name),
                     dtype=dtype,
+                    residual_layers=residual_layer or (),
                 ),
                 part=share,
             )
@@ -192,6 +194,7 @@ def resample(
     dtype: Dtype = "float16",
     model_dtype: ModelDtype = "auto",
     device_map: DeviceMap = None,
+    residual_layer: ResidualLayers = None,
     seed: Seed = 0,
     split_seed: SplitSeed = SPLIT_SEED,
     transfer: Transfer = None,
@@ -200,12 +203,11 @@ def resample(
     """Ask some test questions several times: what choosing among samples gains."""
     from offline import best_of as verb
     from offline.collect import ask_all
-    from offline.records import Answer, Label, read_records
+    from offline.records import read_labelled
 
     if not best_of:
         return
-    _, answers = read_records(out / "answers.jsonl", Answer)
-    _, labels = read_records(out / "labels.jsonl", Label)
+    _, answers, _, labels = read_labelled(out)
     again = verb.questions_again(
         answers, labels, transfer=frozenset(transfer or ()), seed=split_seed
     )
@@ -219,4 +221,4 @@ def resample(
         agree=0, wrong_per_right=0.0, in_flight=in_flight, split_seed=split_seed,
         transfer=transfer,
     )  # fmt: skip
-    extract(model, samples, revision, position, dtype, model_dtype, device_map)
+    extract(model, samples, revision, position, dtype, model_dtype, device_map, residual_layer)

@@ -206,9 +206,13 @@ def locate(answer: Answer, verdict: Verdict) -> Located | None:
     aliases = usable_aliases(answer.gold, answer.question)
     right = answer_spans.locate_right(answer.text, aliases) if verdict == "right" else None
     found = right or answer_spans.locate_wrong(answer.text, answer.question, answer.gold)
-    if found and answer.finish_reason == "length" and found.judged_until == len(answer.text):
-        return None
-    return found
+    return found and unless_half(answer, found)
+
+
+def unless_half(answer: Answer, found: Located) -> Located | None:
+    """`found`, but None when the limit of tokens ended the text where the claim ends."""
+    is_cut = answer.finish_reason == "length" and found.judged_until == len(answer.text)
+    return None if is_cut else found
 
 
 def used(labels: Iterable[Label]) -> list[Label]:
@@ -239,7 +243,7 @@ def _located_by_model(
     chosen = [a for a in answers if a.id in judged and judged[a.id].verdict in ("right", "wrong")]
     found = claims(asked, [(a.question, a.text) for a in chosen])
     return {
-        a.id: Located((span,), span[1]) if span else None
+        a.id: unless_half(a, Located((span,), span[1])) if span else None
         for a, span in zip(chosen, found, strict=True)
     }
 

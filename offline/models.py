@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from huggingface_hub import try_to_load_from_cache
 
-from offline.records import Header, RecordError
+from offline.records import FILES, Header, RecordError
 from probes.card import ModelIdentity
 from probes.errors import ModelError
 from probes.fingerprint import chat_template_sha256, identity, tokenizer_sha256
@@ -17,17 +18,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+BLOCK = 2**16  # bytes, of which a file shows BLOCKS to its digest
+BLOCKS = 256
+
+
 class LoadedTokenizer(NamedTuple):
     """A tokenizer with the digests that bind answers to it."""
 
     tokenizer: PreTrainedTokenizerBase
     tokenizer_sha256: str
     chat_template_sha256: str
-    revision: str = ""  # commit of a hub id; "" for a folder, which fits any
+    revision: str = ""  # commit of a hub id, or FILES and a digest of a folder's weights
 
     def check(self, header: Header, path: Path) -> None:
-        """RecordError when `path`, which opens with `header`, was made with another tokenizer or
-        commit."""
+        """RecordError when `path`, which opens with `header`, was made with another tokenizer,
+        commit or weights."""
         header.check_revision(self.revision, path)
         for field in ("tokenizer_sha256", "chat_template_sha256"):
             mine, theirs = getattr(self, field), getattr(header, field)
@@ -63,16 +68,34 @@ def load_tokenizer(model: str, *, revision: str | None) -> LoadedTokenizer:
         tokenizer,
         tokenizer_sha256(tokenizer),
         chat_template_sha256(tokenizer),
-        _commit(model, revision),
+        _revision(model, revision),
     )
 
 
-def _commit(model: str, revision: str | None) -> str:
-    """The commit that a hub id has just been read from; "" for a folder."""
+def _revision(model: str, revision: str | None) -> str:
+    """The commit that a hub id has just been read from; of a folder what its weights are."""
     if Path(model).is_dir():
-        return ""
+        return _digest_of_files(Path(model))
     cached = try_to_load_from_cache(model, "tokenizer_config.json", revision=revision)
     return Path(cached).parent.name if isinstance(cached, str) else ""
+
+
+def _digest_of_files(folder: Path) -> str:
+    """FILES and a sha256 over configuration and weights: of each file its size and, since a fine-
+    tune changes all of it, evenly spaced blocks. "" where there are no weights."""
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        return ""
+    digest = hashlib.sha256()
+    for path in (folder / "config.json", *weights):
+        size = path.stat().st_size
+        blocks = {size * i // BLOCKS // BLOCK for i in range(BLOCKS)}
+        digest.update(f"{size} ".encode())
+        with path.open("rb") as file:
+            for block in sorted(blocks):
+                file.seek(block * BLOCK)
+                digest.update(file.read(BLOCK))
+    return FILES + digest.hexdigest()
 
 
 def load_model(

@@ -73,6 +73,14 @@ DeviceMap = Annotated[
 PartOfShards = Annotated[
     str, typer.Option("--part", help="I/N: be the Ith of N processes that share the folder")
 ]
+ResidualLayers = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--residual-layer",
+        help="repeatable: layers (1: output of the first) that dense rivals read (default: five "
+        "from a third of the depth on)",
+    ),
+]
 Given = Annotated[
     list[str] | None,
     typer.Option(

@@ -15,13 +15,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self, TypeVar
+from typing import Literal, NamedTuple, Self, TypeVar
 
 import msgspec
 
 from probes.cett import FORMULA_VERSION
 from probes.errors import HNeuronsError
 
+FILES = "files:"  # before a digest of the files of a model folder
 LIBRARIES = ("hneurons", "torch", "transformers", "numpy", "scikit-learn", "skglm")
 
 Verdict = Literal["right", "wrong", "abstained", "unjudged", "mixed", "ordinary"]
@@ -40,7 +41,7 @@ class Header(Record, frozen=True, kw_only=True):
 
     kind: Literal["answers", "labels", "given", "replies", "sweep"]
     model_id: str  # for people, not compared: a folder and a hub id may hold the same model
-    model_revision: str = ""  # commit of a hub id; "" for a folder, which fits any
+    model_revision: str = ""  # commit of a hub id, or FILES and a digest of a folder's weights
     tokenizer_sha256: str
     chat_template_sha256: str
     formula_version: int = FORMULA_VERSION
@@ -66,12 +67,21 @@ class Header(Record, frozen=True, kw_only=True):
 
     def check_revision(self, here: str, path: Path) -> None:
         """RecordError when `path`, which opens with this header, was made with another commit than
-        `here`."""
-        if self.model_revision and here and self.model_revision != here:
+        `here`, or with other weights. A commit and a folder may hold the same model."""
+        there = self.model_revision
+        if there == here or not (there and here):
+            return
+        if there.startswith(FILES) != here.startswith(FILES):
+            return
+        if here.startswith(FILES):
             raise RecordError(
-                f"{path} was made with revision {self.model_revision} of {self.model_id}, not with "
-                f"{here}; give --revision {self.model_revision} or choose another --out folder"
+                f"{path} was made with other weights than this folder of {self.model_id} holds "
+                f"({there} there, {here} here); give the model that answered, or another --out"
             )
+        raise RecordError(
+            f"{path} was made with revision {there} of {self.model_id}, not with {here}; give "
+            f"--revision {there} or choose another --out folder"
+        )
 
 
 class Answer(Record, frozen=True, kw_only=True):
@@ -176,6 +186,25 @@ def read_records(path: Path, kind: type[T]) -> tuple[Header, list[T]]:
         raise RecordError(f"{path} is empty: its header is missing")
     header = _decode(lines[0], Header, path, 1)
     return header, [_decode(line, kind, path, i) for i, line in enumerate(lines[1:], start=2)]
+
+
+class Labelled(NamedTuple):
+    """answers.jsonl and labels.jsonl of a run, which belong together."""
+
+    header: Header  # of the answers
+    answers: list[Answer]
+    settings: dict[str, str]  # of the labels
+    labels: list[Label]
+
+
+def read_labelled(run: Path) -> Labelled:
+    """RecordError when the labels are of other answers than `run` holds now: their tokens would
+    point into texts that nobody has judged."""
+    header, answers = read_records(run / "answers.jsonl", Answer)
+    said, labels = read_records(run / "labels.jsonl", Label)
+    if said.settings.get("answers_sha256") != sha256(run / "answers.jsonl"):
+        raise RecordError(f"{run / 'labels.jsonl'} is of other answers; run `label` again")
+    return Labelled(header, answers, said.settings, labels)
 
 
 def sort_records(path: Path, kind: type[Keyed]) -> None:

@@ -33,8 +33,8 @@ from offline.records import (
     Label,
     Record,
     RecordError,
+    read_labelled,
     read_record,
-    read_records,
     write_atomic,
 )
 from offline.shards import Kind
@@ -147,9 +147,8 @@ def make_report(
     crossvalidation.json. RecordError when they do not belong together."""
     result.check(data.features.header)
     evaluation.check(result)
-    header, answers = read_records(run / "answers.jsonl", Answer)
+    header, answers, _, labels = read_labelled(run)
     tokenizer.check(header, run / "answers.jsonl")
-    _, labels = read_records(run / "labels.jsonl", Label)
     facts = training_facts(run, result, data, command="", license="")
     sweep = run / "sweep.json"
     return Report(

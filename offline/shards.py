@@ -8,6 +8,7 @@ and per answer `whole` [answers, len(WHOLE)], statistics over all tokens that it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from offline.records import Record, RecordError
 from probes.card import ModelIdentity
 from probes.cett import FORMULA_VERSION
 
+DEPTHS = (1 / 3, 1 / 2, 2 / 3, 5 / 6, 19 / 20)  # of residual layers: best ones lie in the middle
 SHARD_KEY = "shard"
 FOLDERS = {"labels.jsonl": "features", "given.jsonl": "features-given"}  # of what
 WHOLE = ("logprob_mean", "logprob_min", "logprob_sum", "entropy_mean", "entropy_max", "length")
@@ -73,15 +75,23 @@ def parse_dtype(text: str) -> torch.dtype:
 
 
 def features_header(
-    identity: ModelIdentity, position: Position, labels_sha256: str, *, dtype: str
+    identity: ModelIdentity,
+    position: Position,
+    labels_sha256: str,
+    *,
+    dtype: str,
+    residual_layers: Sequence[int] = (),
 ) -> FeaturesHeader:
-    """Header with the residual layers at 1/3, 1/2, 2/3 and 5/6 of the depth.
+    """RecordError for a layer that the model does not have.
 
-    `dtype` is that of the stored features; the arithmetic of CETT is float32 in any case.
+    dtype            of the stored features; the arithmetic of CETT is float32 in any case
+    residual_layers  whose output the dense rivals read; none: those at DEPTHS
     """
     parse_dtype(dtype)
     layers = identity.num_layers
-    chosen = sorted({max(1, layers * part // 6) for part in (2, 3, 4, 5)})
+    chosen = sorted(set(residual_layers or [max(1, int(layers * depth)) for depth in DEPTHS]))
+    if not 1 <= chosen[0] <= chosen[-1] <= layers:
+        raise RecordError(f"residual layers {chosen} are not all in 1..{layers}")
     return FeaturesHeader(
         model=identity,
         formula_version=FORMULA_VERSION,

@@ -79,7 +79,8 @@ def sweep(
     wanted = asks(sets, {neurons: p.card.name for neurons, p in probes.items()}, settings)
     lacking = missing(wanted, answers, header)
     if lacking:
-        child = child_server(model, in_flight=in_flight, probes=[*map(str, paths.values())])
+        served = [str(path) for path in paths.values()]
+        child = child_server(model, revision=revision, in_flight=in_flight, probes=served)
         with nullcontext(base_url) if base_url else child as url:
             require_probes(url, probes, paths, api_key=api_key, trust_env=bool(base_url))
             asyncio.run(

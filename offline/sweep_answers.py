@@ -153,7 +153,11 @@ async def ask_all(
     """Append an answer to `path` for each of `wanted`; `done` are there already."""
     with Appender(path, header) as out:
         async with connect(
-            base_url, in_flight=in_flight, api_key=api_key, trust_env=trust_env
+            base_url,
+            in_flight=in_flight,
+            api_key=api_key,
+            like=header.model_id,
+            trust_env=trust_env,
         ) as client:
             with tqdm(total=done + len(wanted), initial=done, unit="answer", desc="sweep") as bar:
                 async for answer in at_most(

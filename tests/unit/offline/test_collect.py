@@ -47,6 +47,7 @@ class ScriptedServer:
         self.refuse: Callable[[dict[str, Any], int], Reply | None] = lambda body, attempt: None
         self.gate = threading.Lock()
         self.url = ""
+        self.served = ["served-name"]
 
     def answer(self, body: dict[str, Any]) -> Reply:
         prompt = body["messages"][0]["content"]
@@ -73,7 +74,7 @@ def scripted() -> Iterator[ScriptedServer]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            self._send(200, {}, {"object": "list", "data": [{"id": "served-name"}]})
+            self._send(200, {}, {"data": [{"id": name} for name in script.served]})
 
         def do_POST(self) -> None:
             with script.gate:
@@ -151,6 +152,18 @@ async def test_ids_and_text_are_kept_as_the_server_gave_them(
     body = scripted.bodies[0]
     assert body["return_token_ids"] is True
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("served-name", 0.0, 24)
+
+
+async def test_of_several_models_the_one_of_that_name_is_asked_or_none(
+    scripted: ScriptedServer, tmp_path: Path
+) -> None:
+    """The first of a list may be anybody: its answers would be fitted on as if they were ours."""
+    scripted.served = ["other", "m"]
+    assert await _collect(scripted, tmp_path / "a.jsonl", _questions(1)) == 1
+    assert scripted.bodies[0]["model"] == "m"
+    scripted.served = ["other", "another"]
+    with pytest.raises(ChatError, match="serves other, another, but no model called 'm'"):
+        await _collect(scripted, tmp_path / "b.jsonl", _questions(1))
 
 
 async def test_a_second_run_asks_only_what_is_missing(

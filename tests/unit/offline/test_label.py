@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from offline import choice
 from offline import label as verb
+from offline.answer_spans import Located
 from offline.judge import ABSTAINED, Case, by_alias
 from offline.label import LabelSettings
 from offline.models import LoadedTokenizer
@@ -142,6 +143,15 @@ def test_a_right_claim_at_the_cut_counts_as_a_whole_only(
     assert (label.verdict, label.tokens) == ("right", ())
 
 
+def test_what_a_model_finds_at_the_cut_is_half_a_claim(make_answer: MakeAnswer) -> None:
+    said = [Located(((24, 30),), 30), Located(((0, 3),), 3)]
+    cut = msgspec.structs.replace(
+        make_answer("The capital of Poland is Warsaw"[:30]), finish_reason="length"
+    )
+    assert [verb.unless_half(cut, found) for found in said] == [None, said[1]]
+    assert verb.unless_half(msgspec.structs.replace(cut, finish_reason="stop"), said[0]) == said[0]
+
+
 def test_every_token_of_an_ordinary_answer_is_a_negative(
     make_answer: MakeAnswer, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -208,7 +218,11 @@ def test_the_file_has_a_line_for_every_answer_in_an_order_that_does_not_depend_o
 
 @pytest.mark.parametrize(
     ("identity", "named"),
-    [(("other", "c", "a" * 40), "tokenizer_sha256"), (("t", "c", "b" * 40), "revision aaaa")],
+    [
+        (("other", "c", "a" * 40), "tokenizer_sha256"),
+        (("t", "c", "b" * 40), "revision aaaa"),
+        (("t", "c", "files:b"), "other weights"),
+    ],
 )
 def test_answers_of_another_model_are_refused(
     identity: tuple[str, str, str],
@@ -218,8 +232,9 @@ def test_answers_of_another_model_are_refused(
     tokenizer: PreTrainedTokenizerFast,
     header: Header,
 ) -> None:
-    """Two commits of one model share a tokenizer: nothing else would tell them apart."""
-    header = msgspec.structs.replace(header, model_revision="a" * 40)
+    """Two commits, or fine-tunes, of one model share a tokenizer: nothing else tells them apart."""
+    revision = "files:a" if identity[2].startswith("files:") else "a" * 40
+    header = msgspec.structs.replace(header, model_revision=revision)
     write_records(tmp_path / "answers.jsonl", header, [make_answer()])
     with pytest.raises(RecordError, match=named):
         verb.label_answers(

@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from offline.models import load_model, load_tokenizer, short_name
+from offline.records import FILES
 from probes.errors import ModelError
 from probes.neurons import find_ffns
 
@@ -62,7 +63,7 @@ def test_a_hub_id_keeps_its_owner_and_a_folder_loses_its_path(folder: Path) -> N
     assert short_name(str(folder)) == "tiny"
 
 
-def test_the_commit_of_a_hub_id_is_known_and_a_folder_has_none(
+def test_a_hub_id_has_a_commit_and_a_folder_a_digest_of_its_weights(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Read from where the library keeps what it downloaded; `main` moves, a commit does not."""
@@ -75,4 +76,11 @@ def test_the_commit_of_a_hub_id_is_known_and_a_folder_has_none(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for revision in (None, "main", commit):
         assert load_tokenizer("org/tiny", revision=revision).revision == commit
+    digest = load_tokenizer(str(folder), revision=None).revision
+    assert digest.startswith(FILES)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")  # a fine-tune: the same sizes, tokenizer and template
+    assert load_tokenizer(str(folder), revision=None).revision not in ("", digest)
+    (folder / "model.safetensors").unlink()
     assert load_tokenizer(str(folder), revision=None).revision == ""

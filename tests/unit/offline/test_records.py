@@ -9,11 +9,14 @@ import msgspec
 import pytest
 
 from offline.records import (
+    FILES,
     Answer,
     Appender,
     Header,
     RecordError,
+    read_labelled,
     read_records,
+    sha256,
     sort_records,
     write_atomic,
     write_records,
@@ -101,3 +104,26 @@ def test_an_atomic_write_leaves_no_second_file(tmp_path: Path) -> None:
     write_atomic(tmp_path / "new" / "a.json", b"2")
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.json"]
     assert (tmp_path / "new" / "a.json").read_bytes() == b"2"
+
+
+def test_labels_of_other_answers_are_refused(
+    tmp_path: Path, header: Header, make_answer: MakeAnswer
+) -> None:
+    """An answer that was asked again has other tokens: the old indices would point into them."""
+    answers, labels = tmp_path / "answers.jsonl", tmp_path / "labels.jsonl"
+    write_records(answers, header, [make_answer()])
+    said = msgspec.structs.replace(
+        header, kind="labels", settings={"answers_sha256": sha256(answers)}
+    )
+    write_records(labels, said, [])
+    assert read_labelled(tmp_path).answers == [make_answer()]
+    write_records(answers, header, [make_answer(text="Kraków.")])
+    with pytest.raises(RecordError, match="is of other answers; run `label` again"):
+        read_labelled(tmp_path)
+
+
+def test_a_folder_and_a_commit_may_hold_the_same_model(header: Header) -> None:
+    of_folder = msgspec.structs.replace(header, model_revision=f"{FILES}a")
+    of_folder.check_revision("c0ffee", Path("answers.jsonl"))
+    with pytest.raises(RecordError, match="other weights"):
+        of_folder.check_revision(f"{FILES}b", Path("answers.jsonl"))
