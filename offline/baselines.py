@@ -21,6 +21,7 @@ from offline.metrics import Bools, Floats, has_both, rank
 from offline.shards import WHOLE, Kind
 from offline.splits import folds
 
+RANDOM = "random neurons, as many"
 RANDOM_DRAWS = 20
 PENALTIES = (3.0, 0.3, 0.03, 0.003, 0.0003)  # L2, per example, on standardised features
 BLOCK_ROWS = 4096  # that are read at a time

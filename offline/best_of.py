@@ -12,17 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+import msgspec
 import numpy as np
 
 from offline.baselines import whole_statistics
 from offline.collect import Sampling
-from offline.dataset import Dataset
+from offline.dataset import Dataset, load_dataset
 from offline.features import IntArray
 from offline.fit_result import FitResult
 from offline.metrics import mean_of_positives
 from offline.mixtures import pooled
 from offline.questions import STYLES, Question, shuffle_key
-from offline.records import Answer, Label
+from offline.records import Answer, Label, RecordError
+from offline.shards import FeaturesHeader
 from offline.splits import assign
 from offline.tables import table
 from offline.words import words
@@ -116,7 +118,14 @@ def best_of_rows(samples: Dataset, result: FitResult) -> Iterator[EvaluationRow]
         )
 
 
-def samples_of(run: Path) -> Path | None:
-    """The run within the run, when it was made."""
+def load_samples(run: Path, *, like: FeaturesHeader, seed: int) -> Dataset | None:
+    """The run within the run, or None when it was not made; RecordError when its features were
+    read otherwise than those of the answers, whose header is `like`."""
     folder = run / FOLDER
-    return folder if (folder / "labels.jsonl").exists() else None
+    if not (folder / "labels.jsonl").exists():
+        return None
+    data = load_dataset(folder, transfer=frozenset(), seed=seed)
+    found = data.features.header
+    if found != msgspec.structs.replace(like, labels_sha256=found.labels_sha256):
+        raise RecordError(f"{folder / 'features'} were read otherwise than the answers; `resample`")
+    return data

@@ -39,9 +39,11 @@ def readme(card: ProbeCard, probe_id: str) -> str:
             "",
             "## Evaluation",
             "",
-            "On relations and questions that were neither fitted nor calibrated on. In brackets "
-            "the 95 % interval, resampled by relation or question. All detectors are oriented so "
-            "that higher means more likely made up.",
+            "On relations and questions that were neither fitted nor calibrated on, but for rows "
+            'named "folds of the fit part", by which the number of neurons was chosen. In brackets '
+            "the 95 % interval, resampled by relation or question; of random neurons, where 95 % "
+            "of the draws lie. All detectors are oriented so that higher means more likely made "
+            "up.",
             "",
             *_evaluation(card.evaluation),
             "",
@@ -58,7 +60,7 @@ def readme(card: ProbeCard, probe_id: str) -> str:
             "",
             "| | |",
             "|---|---|",
-            *(f"| {key} | {value} |" for key, value in card.training.items()),
+            *(f"| {key} | {value} |" for key, value in card.training.items() if value),
             *(f"| {key} | {value} |" for key, value in card.libraries.items()),
             f"| created | {card.created} |",
             "",

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 FOLDER = "crossvalidation"  # of a run: what each split has found
 FILE = "crossvalidation.json"
 CONFIDENCE = 0.95
+SIGNED = ("rank_correlation_with_length", "auroc_gained")  # all others lie in [0, 1]
 SHOWN = ("probe", "-logprob_sum", "-logprob")
 
 
@@ -44,7 +45,8 @@ class CrossValidation(Record, frozen=True, kw_only=True):
 
     The splits share most of what they are fitted on, and all of their ordinary long answers, so
     that the intervals are somewhat too narrow (Bengio and Grandvalet 2004). What people have
-    decided after they had seen such figures is not held out either.
+    decided after they had seen such figures is not held out either. "As asked" is so of the run's
+    test part alone: of what was to be fitted on, `label` has kept some wrong answers per right one.
     """
 
     fit_sha256: str  # of the run's fit, whose method this is
@@ -128,7 +130,7 @@ def mean_rows(splits: Sequence[Sequence[EvaluationRow]]) -> Iterator[EvaluationR
         values = np.array([row.value for row in of_split.values()])
         quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
         mean, error = float(values.mean()), quantile * float(values.std(ddof=1) / np.sqrt(count))
-        least = -1.0 if metric.startswith("rank_correlation") else 0.0
+        least = -1.0 if metric in SIGNED else 0.0
         yield EvaluationRow(
             dataset=dataset,
             detector=detector,

@@ -28,20 +28,22 @@ class Place(NamedTuple):
 
     name: str
     answers: IntArray
+    as_asked: bool = False  # nothing was left out to balance it
 
 
 def places(data: Dataset) -> list[Place]:
     """All unseen answers as they were asked; each source and style by itself; of it as many wrong
     answers as right ones in each relation; and of these the ones whose claim was found, which is
     the strictest set."""
-    found = [Place("unseen relations and questions, as asked", data.answered("test"))]
+    every = data.answered("test")
+    found = [Place("unseen relations and questions, as asked", every, as_asked=True)]
     kinds = sorted({(answer.source, answer.style) for answer in data.answers if answer.gold})
     for source, style in kinds:
         for part in ("test", "transfer"):
             answers = data.answered(part, source=source, style=style)
             seen = "unseen" if part == "test" else NEVER_TRAINED_ON
             name = f"{source}, {style}, {seen}"
-            found.append(Place(f"{name}, as asked", answers))
+            found.append(Place(f"{name}, as asked", answers, as_asked=True))
             if part == "test":
                 even = data.even(answers, wrong_per_right=1.0)
                 found.append(Place(f"{name}, balanced inside groups", even))

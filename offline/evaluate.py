@@ -18,16 +18,15 @@ import numpy as np
 
 from offline import metrics
 from offline.baselines import (
-    TokenDetector,
+    RANDOM,
     answer_detectors,
     random_answer_neurons,
-    random_neurons,
     token_detectors,
 )
 from offline.best_of import best_of_rows
 from offline.curves import Curve
 from offline.dataset import Dataset
-from offline.domains import MIN_CLASS, ORDINARY_TOKENS, Place, alone, places
+from offline.domains import MIN_CLASS, Place, alone, places
 from offline.examples import answer_examples, answer_means
 from offline.features import IntArray
 from offline.fit_result import FitResult
@@ -36,25 +35,18 @@ from offline.given_rows import Given, given_rows
 from offline.metrics import Floats
 from offline.mixtures import JUDGED, claim_means, mixture, pooled, response_mixture
 from offline.records import Record, RecordError, read_record, write_atomic
-from offline.response_rows import pooling_rows, response_rows
+from offline.response_rows import gained, pooling_rows, response_rows, risk_rows
 from offline.shards import Kind
-from offline.tables import CALIBRATION, drawn, figure, flagged, has_both, ranked, table
+from offline.tables import drawn, figure, has_both, ranked, table
+from offline.token_rows import token_tables
 from probes.calibration import calibrate
 from probes.card import EvaluationRow, ReliabilityBin
 
 log = logging.getLogger(__name__)
 
-SMOOTHED = 3  # neighbouring tokens
 STRATA = 3  # of answer length
 COVERAGES = (0.25, 0.5, 0.75)
-RANDOM = "random neurons, as many"
 COMBINED = "probe and log-probability, standardised sum"
-FLAGGED_KINDS = {
-    Kind.PROSE: ORDINARY_TOKENS,
-    Kind.WRONG: "tokens of wrong claims",
-    Kind.RIGHT: "tokens of right claims",
-    Kind.SCAFFOLD: "scaffold tokens of short answers",
-}
 
 Found = EvaluationRow | Curve
 
@@ -97,9 +89,11 @@ def evaluate(
     found: list[Found] = [*_folds(data, result)]
     for place, score in zip(everywhere, scores, strict=True):
         found += _answers(data, result, place, score)
+        if place.as_asked:
+            found += gained(data, place, score)
+            found += risk_rows(data, result, place, score["probe"])
     detectors = token_detectors(data, result)
-    found += _tokens(data, result, detectors, logits[:, 0])
-    found += _flagged_tokens(data, result, logits[:, 0])
+    found += token_tables(data, result, detectors, logits[:, 0])
     found += span_rows(data, logits[:, 0], result.token, result.span, result.token_points)
     found += _claims(data, logits[:, 0])
     found += given_rows(given, detectors) if given else ()
@@ -194,66 +188,6 @@ def _answers(
     selective = {f"accuracy_at_coverage_{c:g}": metrics.accuracy_at_coverage(c) for c in COVERAGES}
     for detector in ("probe", "-logprob_sum", "-logprob_mean", "entropy_mean"):
         yield from table(selective, name, detector, wrong, scores[detector], units)
-
-
-def _tokens(
-    data: Dataset, result: FitResult, detectors: Mapping[str, TokenDetector], logits: Floats
-) -> Iterator[Found]:
-    """Single tokens: wrong claims against every other judged token, and against right claims."""
-    kind = data.features.kind
-    rows = mixture(data, "test")
-    if not has_both("tokens", kind[rows] == Kind.WRONG):
-        return
-    scores = {name: read(data.features, rows) for name, read in detectors.items()}
-    draws = random_neurons(data, result, rows)
-    smooth = _smoothed(data, logits, rows)
-    for dataset, kinds in (
-        ("tokens, wrong claims against all others", JUDGED),
-        ("tokens, wrong against right claims", (Kind.WRONG, Kind.RIGHT)),
-        ("tokens, wrong claims against ordinary long answers", (Kind.WRONG, Kind.PROSE)),
-    ):
-        chosen = np.isin(kind[rows], kinds)
-        wrong, units = kind[rows[chosen]] == Kind.WRONG, data.unit[rows[chosen]]
-        if not has_both(dataset, wrong):
-            continue
-        for name, score in {**scores, f"probe, mean of {SMOOTHED} neighbours": smooth}.items():
-            yield from ranked(dataset, name, wrong, score[chosen], units)
-        yield from drawn(dataset, RANDOM, wrong, [draw[chosen] for draw in draws])
-    risk = calibrate(result.token, scores["probe"])
-    wrong = kind[rows] == Kind.WRONG
-    yield from table(CALIBRATION, "token risk", "probe", wrong, risk, data.unit[rows])
-    yield from flagged(
-        "tokens that make no wrong claim", result.token_points, risk[~wrong],
-        data.unit[rows[~wrong]],
-    )  # fmt: skip
-
-
-def _smoothed(data: Dataset, logits: Floats, rows: IntArray) -> Floats:
-    """Mean token logit over a small window inside the answer."""
-    means = np.full(len(data.part), np.nan)
-    kernel = np.ones(SMOOTHED)
-    for i in np.unique(data.features.answer[rows]):
-        here = data.rows_of(i)
-        sizes = np.convolve(np.ones(len(here)), kernel, "same")
-        means[here] = np.convolve(logits[here], kernel, "same") / sizes
-    return means[rows]
-
-
-def _flagged_tokens(data: Dataset, result: FitResult, logits: Floats) -> Iterator[Found]:
-    """What each operating point flags of prose, of wrong and right claims, of their scaffold; and
-    of every kind of prose at the default threshold."""
-    for kind, dataset in FLAGGED_KINDS.items():
-        chosen = data.rows("test", kind)
-        risk = calibrate(result.token, logits[chosen])
-        yield from flagged(dataset, result.token_points, risk, data.unit[chosen])
-    default = [p for p in result.token_points if p.name == result.settings.token_default]
-    long = data.ordinary("test")
-    group = np.array([data.answers[i].group for i in long])
-    for name in sorted(set(group.tolist())):
-        chosen = np.concatenate([data.rows_of(i) for i in long[group == name]])
-        risk = calibrate(result.token, logits[chosen])
-        yield from flagged(f"{ORDINARY_TOKENS}: {name}", default, risk,
-                           data.unit[chosen])  # fmt: skip
 
 
 def _claims(data: Dataset, logits: Floats) -> Iterator[Found]:

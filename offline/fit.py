@@ -21,7 +21,7 @@ from offline.examples import Examples, answer_examples, claim_examples, token_ex
 from offline.features import IntArray
 from offline.fit_result import ANSWER, TOKEN, FitResult, FitSettings, Trial
 from offline.flagged_spans import runs, span_mixture
-from offline.heads import Weights, join, train, train_as_the_paper
+from offline.heads import Weights, find_columns, join, train, train_as_the_paper
 from offline.metrics import Bools, Floats, has_both, rank
 from offline.mixtures import JUDGED, POOLINGS, claim_means, mixture, pooled, response_mixture
 from offline.records import RecordError
@@ -66,12 +66,9 @@ def fit(data: Dataset, settings: FitSettings) -> FitResult:
     final = train_design(examples, every, budgets[best : best + 1], settings)[0]
     penalties = [settings.heads.penalties.index(p) for p in trials[best].penalty.values()]
     chosen = join([final[p].head(h) for h, p in enumerate(penalties)])
-    again = Counter(column for draft in drafts for column in draft[best][0].columns)
+    shares = found_again(examples, chosen.columns, budgets[best], settings)
     held = _spread(logits[best], rows, data)
-    return _calibrated(
-        data, settings, chosen, tuple(again[column] for column in chosen.columns),
-        trials[best].penalty, trials, examples, held,
-    )  # fmt: skip
+    return _calibrated(data, settings, chosen, shares, trials[best].penalty, trials, examples, held)
 
 
 def make_examples(data: Dataset, settings: FitSettings) -> dict[str, Examples]:
@@ -92,6 +89,43 @@ def train_design(
         return train(examples, kept, budgets, settings.heads)
     one = train_as_the_paper(examples[TOKEN], kept[TOKEN], TOKEN, c=settings.c)
     return [[one] * len(settings.heads.penalties)] * len(budgets)
+
+
+def found_again(
+    examples: dict[str, Examples], columns: Sequence[int], budget: int, settings: FitSettings
+) -> tuple[float, ...]:
+    """Stability selection (Meinshausen and Buehlmann 2010): of each of `columns`, the share of fits
+    on a random half of the relations and questions in which it was found, too. Near 1 a neuron is
+    there whatever half is seen, near 0 another half names others.
+
+    RecordError when hardly a half holds right and wrong answers.
+    """
+    names = np.unique(np.concatenate([one.unit for one in examples.values()]))
+    random = np.random.default_rng(settings.seed)
+    count: Counter[int] = Counter()
+    done = 0
+    for _ in range(2 * settings.resamples):
+        half = random.permutation(names)[: len(names) // 2]
+        kept = {head: np.isin(one.unit, half) for head, one in examples.items()}
+        if all(has_both(one.positive[kept[head]]) for head, one in examples.items()):
+            count.update(_columns_of(examples, kept, budget, settings))
+            done += 1
+        if done == settings.resamples:
+            log.info("neurons were looked for in %d halves of the data", done)
+            return tuple(count[column] / done for column in columns)
+    raise RecordError(
+        f"only {done} of {2 * settings.resamples} halves of the {len(names)} relations and "
+        f"questions hold right and wrong answers; ask more questions, or of more groups"
+    )
+
+
+def _columns_of(
+    examples: dict[str, Examples], kept: dict[str, Bools], budget: int, settings: FitSettings
+) -> tuple[int, ...]:
+    if settings.design == "tokens":
+        (columns,) = find_columns(examples, kept, [budget], settings.heads)
+        return tuple(columns.tolist())
+    return train_as_the_paper(examples[TOKEN], kept[TOKEN], TOKEN, c=settings.c).columns
 
 
 def choose(trials: Sequence[Trial]) -> int:
@@ -216,7 +250,7 @@ def _calibrated(
     data: Dataset,
     settings: FitSettings,
     chosen: Weights,
-    found_in: tuple[int, ...],
+    found_in: tuple[float, ...],
     penalty: dict[str, float],
     trials: Sequence[Trial],
     examples: dict[str, Examples],

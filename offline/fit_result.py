@@ -29,6 +29,7 @@ class FitSettings(Record, frozen=True, kw_only=True):
     max_neurons: int = 300  # of all heads together
     budgets: tuple[float, ...] = (0.25, 0.5, 1.0)  # shares of `max_neurons` that are tried
     folds: int = 5
+    resamples: int = 20  # halves of the units in which the neurons are looked for again
     heads: HeadSettings = HeadSettings()
     right_per_wrong: float = 1.4  # weight of the tokens of right claims, by repetition
     scaffold_per_wrong: float = 2.0  # tokens of the scaffold, at most, per token of a wrong claim
@@ -60,7 +61,7 @@ class FitResult(Record, frozen=True, kw_only=True):
     settings: FitSettings
     features: FeaturesHeader
     chosen: Weights
-    found_in: tuple[int, ...]  # [columns] how many folds, at this budget, found the neuron too
+    found_in: tuple[float, ...]  # [columns] share of fits on half of the units that found it, too
     penalty: dict[str, float]  # head -> L2
     trials: tuple[Trial, ...]
     examples: dict[str, int]  # kind of example -> how many were fitted on

@@ -73,14 +73,8 @@ def train(
 
     The first head's examples are single tokens: by them the scale of all heads is set.
     """
-    shares = dict(settings.shares)
-    found = {}
-    for head, one in examples.items():
-        wanted = [round(shares[head] * budget) for budget in budgets]
-        found[head] = _find(one, kept[head], wanted, settings)
     drafts = []
-    for b in range(len(budgets)):
-        columns = np.unique(np.concatenate([found[head][b] for head in examples]))
+    for columns in find_columns(examples, kept, budgets, settings):
         weighed = [
             weigh(examples[head], kept[head], head, columns, settings.penalties)
             for head in examples
@@ -88,6 +82,21 @@ def train(
         tokens = next(iter(examples.values())).x[:, columns].astype(np.float32)
         drafts.append([_scaled(join(heads), tokens) for heads in zip(*weighed, strict=True)])
     return drafts
+
+
+def find_columns(
+    examples: Mapping[str, Examples],
+    kept: Mapping[str, Bools],
+    budgets: Sequence[int],
+    settings: HeadSettings,
+) -> list[IntArray]:
+    """`[budgets]`: the columns that any of the heads finds in the `kept` examples, ascending."""
+    shares = dict(settings.shares)
+    found = []
+    for head, one in examples.items():
+        wanted = [round(shares[head] * budget) for budget in budgets]
+        found.append(_find(one, kept[head], wanted, settings))
+    return [np.unique(np.concatenate(of_heads)) for of_heads in zip(*found, strict=True)]
 
 
 def train_as_the_paper(examples: Examples, kept: Bools, head: str, *, c: float) -> Weights:

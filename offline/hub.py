@@ -20,11 +20,13 @@ METRICS = ["roc_auc", "average_precision", "brier_score"]
 
 
 def front_matter(card: ProbeCard) -> str:
-    """The YAML that opens README.md: the hub files the probe under its model by it."""
-    sources = card.training.get("sources", "")
+    """The YAML that opens README.md: the hub files the probe under its model by it. Only names
+    that are the hub's: of a folder's name it would make a link to somebody else's model."""
+    model = card.training.get("base_model") or card.model.model_id
+    datasets = card.training.get("datasets")
     data = ModelCardData(
-        base_model=card.model.model_id,
-        datasets=sources.split(", ") if sources else None,
+        base_model=model if "/" in model else None,
+        datasets=datasets.split(", ") if datasets else None,
         library_name="hneurons",
         license=card.training.get("license"),
         metrics=METRICS,

@@ -98,38 +98,6 @@ def l1_path(
         yield Point(strength, weight.astype(np.float64), bias)
 
 
-def selected_shares(
-    x: FloatArray,
-    positive: Bools,
-    units: NDArray[np.str_],
-    strengths: Sequence[float],
-    *,
-    resamples: int = 20,
-    seed: int = 0,
-    solver: Solver = "skglm",
-) -> Floats:
-    """Stability selection (Meinshausen and Buehlmann 2010): `[strengths, columns]`, in the order of
-    the path.
-
-    Each resample is fitted on half of the `units` `[rows]` (relations, questions). A value is the
-    share of resamples in which the column has a positive weight, less the share in which it has a
-    negative one: near 1 or -1 it is there whatever half is seen, near 0 it is an accident.
-    """
-    names = np.unique(units)
-    random = np.random.default_rng(seed)
-    total = np.zeros((len(strengths), x.shape[1]))
-    for _ in range(resamples):
-        rows = np.flatnonzero(np.isin(units, random.permutation(names)[: len(names) // 2]))
-        if len(np.unique(positive[rows])) < 2:
-            raise RecordError(f"half of {len(names)} units holds one class only: too few units")
-        part = np.asfortranarray(x[rows])
-        standardise(part)
-        for i, point in enumerate(l1_path(part, positive[rows], strengths, solver=solver)):
-            total[i] += np.sign(point.weight)
-    shares: Floats = total / resamples
-    return shares
-
-
 def _gradient(x: FloatArray, y: FloatArray, logit: NDArray[np.floating[Any]]) -> Floats:
     """Magnitude of the mean logistic loss' derivative by each column's weight, `[columns]`."""
     # log(1 + exp(-y * logit)) has the derivative -y / (1 + exp(y * logit))

@@ -131,6 +131,16 @@ def mean_of_positives(rows: Weighed) -> float:
     return float((chosen * rows.score).sum() / chosen.sum()) if chosen.sum() else float("nan")
 
 
+def accuracy_at(threshold: float) -> Metric:
+    """Share of rows that `score >= threshold` calls what they are."""
+
+    def metric(rows: Weighed) -> float:
+        is_right = (rows.score >= threshold) == rows.positive
+        return float((rows.weight * is_right).sum() / rows.weight.sum())
+
+    return metric
+
+
 def expected_calibration_error(bins: int = 10) -> Metric:
     """Mean |risk - frequency| over `bins` equally filled bins; the score is a risk."""
 
@@ -188,6 +198,37 @@ def with_intervals(
     return {
         name: Figure(metric(rows), *_middle(values), len(score))
         for (name, metric), values in zip(metrics.items(), drawn, strict=True)
+    }
+
+
+def auroc_gained(
+    positive: Bools,
+    score: Floats,
+    rivals: Mapping[str, Floats],
+    units: Sequence[str] | NDArray[np.generic],
+    *,
+    seed: int = 0,
+) -> dict[str, Figure]:
+    """AUROC of `score` less that of each rival, with the interval of the difference: all are taken
+    of the same draws of whole units."""
+    _, unit = np.unique(np.asarray(units), return_inverse=True)
+    n_units = int(unit.max()) + 1
+    random = np.random.default_rng(seed)
+    weights = [np.ones(len(score))]
+    for _ in range(RESAMPLES):
+        counts = np.bincount(random.integers(n_units, size=n_units), minlength=n_units)
+        weights.append(counts[unit].astype(np.float64))
+
+    def areas(of: Floats) -> Floats:
+        """[1 + resamples], of all rows first."""
+        order = np.argsort(of, kind="stable")
+        rows = Weighed.of(positive[order], of[order].astype(np.float64), weights[0])
+        return np.array([auroc(replace(rows, weight=weight[order])) for weight in weights])
+
+    own = areas(score)
+    gains = {name: own - areas(rival) for name, rival in rivals.items()}
+    return {
+        name: Figure(float(gain[0]), *_middle(gain[1:]), len(score)) for name, gain in gains.items()
     }
 
 

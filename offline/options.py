@@ -115,6 +115,22 @@ SplitSeed = Annotated[
 ]
 Name = Annotated[str, typer.Option(help="name of the probe")]
 License = Annotated[str, typer.Option(help="of the probe, as the hub names licences")]
+HubModel = Annotated[
+    str | None,
+    typer.Option(
+        "--base-model", help="org/name of MODEL on the hub, when it is a folder; for the card"
+    ),
+]
+HubData = Annotated[
+    list[str] | None,
+    typer.Option("--dataset", help="org/name of a data set on the hub, repeatable; for the card"),
+]
+DataLicense = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data-license", help='"FILE: LICENCE" of the questions, repeatable; for the card'
+    ),
+]
 To = Annotated[
     Path | None,
     typer.Option("--to", help="new folder (default: OUT/probe)"),

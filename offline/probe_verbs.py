@@ -11,8 +11,11 @@ from pathlib import Path
 
 from offline.options import (
     C,
+    DataLicense,
     DesignName,
     DeviceMap,
+    HubData,
+    HubModel,
     License,
     MaxNeurons,
     Model,
@@ -64,7 +67,7 @@ def fit(
 def evaluate(out: Run) -> None:
     """Judge the probe on unseen relations and questions, beside the baselines."""
     from offline import evaluate as verb
-    from offline.best_of import samples_of
+    from offline.best_of import load_samples
     from offline.dataset import load_dataset
     from offline.fit_result import FitResult
     from offline.given_rows import load_given
@@ -74,9 +77,7 @@ def evaluate(out: Run) -> None:
         out, transfer=frozenset(result.settings.transfer), seed=result.settings.seed
     )
     given = load_given(out, like=data.features.header)
-    folder = samples_of(out)
-    seed = result.settings.seed
-    samples = load_dataset(folder, transfer=frozenset(), seed=seed) if folder else None
+    samples = load_samples(out, like=data.features.header, seed=result.settings.seed)
     verb.evaluate(data, result, given, samples).save(out / "evaluation.json")
 
 
@@ -89,6 +90,9 @@ def publish(
     model_dtype: ModelDtype = "auto",
     device_map: DeviceMap = None,
     license: License = "apache-2.0",
+    base_model: HubModel = None,
+    dataset: HubData = None,
+    data_license: DataLicense = None,
     to: To = None,
 ) -> None:
     """Write the folder that `python -m server MODEL --probe FOLDER` loads."""
@@ -116,7 +120,14 @@ def publish(
             dtype=model_dtype,
             device_map=device_map,
         ),
-        training=verb.training_facts(out, result, data, command=command_line(), license=license),
+        training={
+            "command": command_line(),
+            "license": license,
+            "base_model": base_model or "",
+            "datasets": ", ".join(dataset or ()),
+            "licences of the data": "; ".join(data_license or ()),
+            **verb.training_facts(out, result, data),
+        },
     )
 
 

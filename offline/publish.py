@@ -128,17 +128,13 @@ def _is_there(folder: Path, probe: Probe) -> bool:
     return True
 
 
-def training_facts(
-    run: Path, result: FitResult, data: Dataset, *, command: str, license: str
-) -> dict[str, str]:
+def training_facts(run: Path, result: FitResult, data: Dataset) -> dict[str, str]:
     """What the probe was made from, in words: conditions that every figure of the card has."""
     header, _ = read_records(run / "answers.jsonl", Answer)
     labels, _ = read_records(run / "labels.jsonl", Label)
     sampling = header.settings
     facts = {
         "neurons": str(len(result.chosen.columns)),
-        "command": command,
-        "license": license,
         "sources": ", ".join(sorted({answer.source for answer in data.answers})),
         "answers": f"{sampling['samples']} per question, temperature {sampling['temperature']}, "
         f"top_p {sampling['top_p']}, top_k {sampling['top_k']}",
@@ -152,8 +148,10 @@ def training_facts(
         "chosen": f"{len(result.chosen.columns)} neurons within {result.settings.max_neurons}, the "
         "fewest within one standard error of the best; L2 penalty "
         + ", ".join(f"{value:g} ({head})" for head, value in result.penalty.items()),
-        "found again": f"{sum(n == result.settings.folds for n in result.found_in)} of the neurons "
-        f"in every fold, {sum(n == 0 for n in result.found_in)} in none",
+        "found again": f"in {result.settings.resamples} fits on a random half of the relations and "
+        f"questions each: {sum(share >= 0.9 for share in result.found_in)} of the neurons in nine "
+        f"of ten, {sum(share <= 0.1 for share in result.found_in)} in one of ten or none; half of "
+        f"them in {np.median(result.found_in):.0%} or more",
         "answers_sha256": sha256(run / "answers.jsonl"),
         "labels_sha256": sha256(run / "labels.jsonl"),
     }

@@ -40,8 +40,10 @@ from offline.records import (
 from offline.shards import Kind
 from offline.splits import Part
 from offline.sweep_figures import SweepFigures
+from offline.transfer import Transfer
 from probes.calibration import OperatingPoint, calibrate
 from probes.card import EvaluationRow, ModelIdentity, ReliabilityBin
+from probes.probe import Probe
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +76,7 @@ class Neuron(Record, frozen=True, kw_only=True):
     layer: int
     neuron: int
     weight: dict[str, float]  # head -> per unit of CETT; its size is no measure of importance
-    found_in: int  # of the folds
+    found_in: float  # share of fits on half of the relations and questions
 
     @property
     def is_h_neuron(self) -> bool:
@@ -131,6 +133,7 @@ class Report(Record, frozen=True, kw_only=True):
     examples: tuple[TintedAnswer, ...]
     not_good_for: tuple[str, ...]
     sweep: SweepFigures | None
+    transfers: tuple[Transfer, ...]
 
     @classmethod
     def load(cls, path: Path) -> Report:
@@ -143,18 +146,18 @@ class Report(Record, frozen=True, kw_only=True):
 def make_report(
     run: Path, result: FitResult, evaluation: Evaluation, data: Dataset, tokenizer: LoadedTokenizer
 ) -> Report:
-    """Gather it from the files of `run`, all of which must be there but sweep.json and
-    crossvalidation.json. RecordError when they do not belong together."""
+    """Gather it from the files of `run`, all of which must be there but crossvalidation.json,
+    sweep.json and transfer/. RecordError when they do not belong together."""
     result.check(data.features.header)
     evaluation.check(result)
     header, answers, _, labels = read_labelled(run)
     tokenizer.check(header, run / "answers.jsonl")
-    facts = training_facts(run, result, data, command="", license="")
-    sweep = run / "sweep.json"
+    facts = training_facts(run, result, data)
+    own = _published(run)
     return Report(
         model=result.features.model,
         position=result.features.position,
-        facts={key: value for key, value in facts.items() if value},
+        facts=facts,
         funnel=tuple(_funnel(answers, labels)),
         parts=tuple(_parts(data)),
         neurons=tuple(_neurons(result)),
@@ -172,8 +175,33 @@ def make_report(
         response_default=result.settings.response_default,
         examples=tuple(_examples(data, result, tokenizer)),
         not_good_for=not_good_for(facts["judge"], result.pooling),
-        sweep=SweepFigures.load(sweep) if sweep.exists() else None,
+        sweep=_sweep(run / "sweep.json", own),
+        transfers=tuple(_transfers(run / "transfer", own)),
     )
+
+
+def _published(run: Path) -> str:
+    """Id of the probe that `publish` made in this run; "" where it was told another place."""
+    return Probe.load(run / "probe").id if (run / "probe").exists() else ""
+
+
+def _sweep(path: Path, own: str) -> SweepFigures | None:
+    found = SweepFigures.load(path) if path.exists() else None
+    return found if found and _is_of(own, found.probe, path) else None
+
+
+def _transfers(folder: Path, own: str) -> Iterator[Transfer]:
+    for path in sorted(folder.glob("*/transfer.json")):
+        found = read_record(path, Transfer)
+        if _is_of(own, found.probe, path):
+            yield found
+
+
+def _is_of(own: str, probe: str, path: Path) -> bool:
+    if own in ("", probe):
+        return True
+    log.warning("%s is of %s and left out; this run's probe is %s", path, probe, own)
+    return False
 
 
 def _crossvalidation(run: Path, fit_sha256: str) -> CrossValidation | None:

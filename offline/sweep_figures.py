@@ -2,7 +2,8 @@
 
 One behaviour set, one measure and one set of neurons make a matrix `[items, alphas]`; a point is a
 column's mean, a slope the mean of the rows' least-squares slopes. All neurons are resampled by the
-same items, so differences are paired.
+same items. That says nothing about the draw of random neurons, so their difference to the probe has
+another interval: it asks whether one more random set could have done what the probe did.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from offline.behaviour import Item, verdict
 from offline.metrics import Figure, Floats
@@ -28,15 +30,15 @@ DIFFERENCE = "probe - random"
 OVER_COMPLIANCE = "all"  # every behaviour set but the facts, item by item
 EXAMPLES = 2  # items per set that are shown
 
-COMPLIANCE = ("complied", "refused", "changed", "tokens")
-ACCURACY = ("correct", "refused", "changed", "tokens")
+COMPLIANCE = ("complied", "refused", "changed", "tokens", "cut")
+ACCURACY = ("correct", "refused", "changed", "tokens", "cut")
 
 
 class Point(Record, frozen=True, kw_only=True):
     """Mean of a measure at one alpha, with its 95 % interval."""
 
     behaviour: str
-    measure: str  # complied, refused, changed, correct: shares; tokens; perplexity
+    measure: str  # complied, refused, changed, correct, cut: shares; tokens; perplexity
     neurons: str  # probe, random-1, .., random
     alpha: float
     value: float
@@ -46,7 +48,8 @@ class Point(Record, frozen=True, kw_only=True):
 
 
 class Slope(Record, frozen=True, kw_only=True):
-    """Change of a measure per unit of alpha, with its 95 % interval."""
+    """Change of a measure per unit of alpha, with its 95 % interval; of "probe - random", see
+    `_against_random_sets`."""
 
     behaviour: str
     measure: str
@@ -107,7 +110,9 @@ def make_figures(
         more_points, more_slopes = summarise(table, alphas)
         points += more_points
         slopes += more_slopes
-    points += perplexities(surprises, controls, alphas)
+    of_prose = nats_per_token(surprises, controls, alphas)
+    points += perplexities(of_prose, alphas)
+    slopes += summarise(of_prose, alphas)[1]
     return SweepFigures(
         probe=probe.id,
         model_id=header.model_id,
@@ -167,31 +172,53 @@ def summarise(table: Table, alphas: Sequence[float]) -> tuple[list[Point], list[
         for neurons, value in values.items()
         for i, alpha in enumerate(alphas)
     ]
-    slopes = {neurons: value @ across for neurons, value in values.items()}
-    if random:
-        slopes[DIFFERENCE] = slopes[PROBED] - slopes[RANDOM]
-    return points, [
-        _slope(table, neurons, _interval(slope, weights)) for neurons, slope in slopes.items()
+    by_item = {neurons: value @ across for neurons, value in values.items()}
+    slopes = [
+        _slope(table, neurons, _interval(slope, weights)) for neurons, slope in by_item.items()
     ]
+    sets = [float(by_item[neurons].mean()) for neurons in table.values if neurons != PROBED]
+    if len(sets) > 1:
+        found = _against_random_sets(by_item[PROBED], sets)
+        slopes.append(_slope(table, DIFFERENCE, found))
+    return points, slopes
 
 
-def perplexities(
+def _against_random_sets(probe: Floats, sets: Sequence[float]) -> Figure:
+    """Slope of the probe less the mean slope of the random sets, with the interval of one more
+    random set (Student's prediction interval): with 0 in it, a random set may do the same.
+
+    probe [items] slopes; sets: one slope each. Three sets leave two degrees of freedom, and wide
+    intervals: that is what three sets can say.
+    """
+    count = len(sets)
+    spread = float(np.std(sets, ddof=1)) * np.sqrt(1 + 1 / count)
+    reach = float(stats.t.ppf(0.975, count - 1)) * spread
+    value = float(probe.mean() - np.mean(sets))
+    return Figure(value, value - reach, value + reach, len(probe))
+
+
+def nats_per_token(
     surprises: Sequence[Surprise], controls: Sequence[str], alphas: Sequence[float]
-) -> Iterator[Point]:
-    """exp of the mean nats per token; resampled by paragraph."""
+) -> Table:
+    """Of fixed prose, paragraph by paragraph."""
     nats = {(s.neurons, s.alpha): np.array(s.nats) for s in surprises}
     for control in controls:
         nats[control, NO_CHANGE] = nats[PROBED, NO_CHANGE]
-    weights = _weights(len(nats[PROBED, NO_CHANGE]))
-    for alpha in alphas:
-        found = {neurons: nats[neurons, alpha] for neurons in (PROBED, *controls)}
-        if controls:
-            found[RANDOM] = np.mean([found[control] for control in controls], axis=0)
-        for neurons, value in found.items():
-            logs = _interval(value, weights)
-            value, low, high = np.exp(logs[:3]).tolist()
-            figure = Figure(value, low, high, logs.n)
-            yield _point("prose", "perplexity", neurons, alpha, figure)
+    return Table(
+        "prose",
+        "nats per token",
+        {
+            neurons: np.stack([nats[neurons, alpha] for alpha in alphas], axis=1)
+            for neurons in (PROBED, *controls)
+        },
+    )
+
+
+def perplexities(table: Table, alphas: Sequence[float]) -> Iterator[Point]:
+    """exp of the mean nats per token."""
+    for point in summarise(table, alphas)[0]:
+        value, low, high = np.exp([point.value, point.low, point.high]).tolist()
+        yield msgspec.structs.replace(point, measure="perplexity", value=value, low=low, high=high)
 
 
 def examples(
@@ -223,14 +250,15 @@ def _measured(
     neurons: str,
     alphas: Sequence[float],
     by_id: Mapping[str, SweepAnswer],
-) -> Iterator[tuple[float, float, float, float]]:
-    """Per alpha: complied (or correct), refused, changed, tokens."""
+) -> Iterator[tuple[float, ...]]:
+    """Per alpha: complied (or correct), refused, changed, tokens, cut."""
     before = _found(by_id, _key(name, item, PROBED, NO_CHANGE))
     for alpha in alphas:
         answer = _found(by_id, _key(name, item, neurons, alpha))
         said = verdict(item, answer.text)
         wanted = "resisted" if item.rule == "fact" else "complied"
-        yield said == wanted, said == "refused", answer.text != before.text, answer.tokens
+        changed, is_cut = answer.text != before.text, answer.finish_reason == "length"
+        yield said == wanted, said == "refused", changed, answer.tokens, is_cut
 
 
 def _together(made: Sequence[Table], controls: Sequence[str]) -> Iterator[Table]:

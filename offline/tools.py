@@ -120,6 +120,7 @@ def transfer(
     model: Annotated[
         str | None, typer.Option(help="the probe's own model: tells how far its neurons moved")
     ] = None,
+    model_revision: Annotated[str | None, typer.Option(help="commit of --model")] = None,
     device_map: DeviceMap = None,
 ) -> None:
     """Read a sibling model with a probe: AUROC on both, and the drift of the probe's neurons."""
@@ -131,7 +132,11 @@ def transfer(
     other = load_model(sibling, revision=revision, tokenizer=tokenizer, device_map=device_map)
     own = None
     if model is not None:
-        own = load_model(model, revision=None, tokenizer=load_tokenizer(model, revision=None))
+        own = load_model(
+            model,
+            revision=model_revision,
+            tokenizer=load_tokenizer(model, revision=model_revision),
+        )
     with locked(run):
         found = verb.transfer(Probe.load(probe), other, run, own=own)
     typer.echo(verb.table(found))

@@ -8,17 +8,16 @@ forced. Nothing here makes the probe fit to serve: a server refuses it on the si
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from offline import metrics
-from offline.dataset import load_dataset
+from offline.dataset import Names, load_dataset
 from offline.extract import extract, make_items
 from offline.features import Features, IntArray, load_features
 from offline.fit_result import FitResult
@@ -87,8 +86,8 @@ def transfer(probe: Probe, sibling: LoadedModel, run: Path, *, own: LoadedModel 
     if data.features.header.model.weights_fingerprint != probe.card.model.weights_fingerprint:
         raise RecordError(f"{run} holds features of another model than {probe.id}'s")
     tested = {
-        a.id
-        for a, first in zip(data.answers, data.first, strict=False)
+        answer.id: str(data.unit[first])
+        for answer, first in zip(data.answers, data.first[:-1], strict=True)
         if data.part[first] == "test"
     }
     items = make_items(
@@ -131,10 +130,11 @@ def table(found: Transfer) -> str:
 
 
 def _rows(
-    probe: Probe, features: Features, answers: Container[str], *, detector: str
+    probe: Probe, features: Features, tested: Mapping[str, str], *, detector: str
 ) -> Iterator[EvaluationRow]:
-    """AUROC of the token head on stored features, with intervals resampled by answer."""
-    chosen = np.array([id in answers for id in features.ids])[features.answer]
+    """AUROC of the token head on stored features of the answers `tested` (id -> unit)."""
+    chosen = np.array([id in tested for id in features.ids])[features.answer]
+    unit = np.array([tested.get(id, "") for id in features.ids])
     rows = np.flatnonzero(chosen & (features.kind != Kind.UNJUDGED))
     wrong = features.kind == Kind.WRONG
     claims = chosen & (wrong | (features.kind == Kind.RIGHT))
@@ -143,12 +143,16 @@ def _rows(
     claimed = np.unique(features.answer[claims])
     means = np.array([logit[claims & (features.answer == i)].mean() for i in claimed])
     of_answer = np.array([bool(wrong[features.answer == i].any()) for i in claimed])
-    units = features.answer
-    for dataset, positive, score, unit in (
-        ("tokens, wrong claims against all others", wrong[rows], logit[rows], units[rows]),
-        ("claims, wrong against right", of_answer, means, claimed),
+    for dataset, positive, score, units in (
+        (
+            "tokens, wrong claims against all others",
+            wrong[rows],
+            logit[rows],
+            unit[features.answer[rows]],
+        ),
+        ("claims, wrong against right", of_answer, means, unit[claimed]),
     ):
-        yield _auroc(dataset, detector, positive, score, unit)
+        yield _auroc(dataset, detector, positive, score, units)
 
 
 def token_logits(probe: Probe, features: Features, rows: IntArray) -> Floats:
@@ -180,7 +184,8 @@ def drift(probe: Probe, own: nn.Module, sibling: nn.Module) -> Drift:
         mean=float(moved[layers, neurons].mean()),
         mean_of_all=float(moved.mean()),
         rank=found,
-        p_value=float((np.abs(drawn - 0.5) >= abs(found - 0.5)).mean()),
+        # The found set is one of those that it is compared with: never 0 (Phipson and Smyth 2010).
+        p_value=(1 + int((np.abs(drawn - 0.5) >= abs(found - 0.5)).sum())) / (1 + RANDOM_SETS),
     )
 
 
@@ -204,11 +209,11 @@ def _moved(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _auroc(
-    dataset: str, detector: str, positive: Bools, score: Floats, units: NDArray[np.int64]
+    dataset: str, detector: str, positive: Bools, score: Floats, units: Names
 ) -> EvaluationRow:
     if positive.all() or not positive.any():
         raise RecordError(f"{dataset}: the run's test part holds one class only")
-    figure = metrics.with_interval(metrics.auroc, positive, score, [str(unit) for unit in units])
+    figure = metrics.with_interval(metrics.auroc, positive, score, units)
     log.info("%-44s %-12s AUROC %.3f [%.3f, %.3f]", dataset, detector, *figure[:3])
     return EvaluationRow(
         dataset=dataset,

@@ -94,7 +94,7 @@ class Reload:
             match(probe, engine.card.identity)
         await engine.attach(probes)
         try:
-            await check_probes(engine, probes)
+            await check_probes(engine, probes, suppression=self._service.suppression)
         except HNeuronsError:
             await engine.detach()
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,8 +67,8 @@ async def score_text(body: ScoreTextRequest, request: Request) -> Response:
     error_code: str | None = "aborted"
     try:
         readings = await unless_gone(request.receive, service.engine.score(order))
-        tokens = _scored(plan, given, readings)
-        risk = summarise(plan, tokens)
+        # On a thread, as its answer: a long text would stop every stream for a second.
+        tokens, risk = await asyncio.to_thread(_judged, plan, given, readings)
         error_code = None
     except ClientGoneError as error:
         service.metrics.request_aborted("disconnect")
@@ -106,6 +107,12 @@ async def score_text(body: ScoreTextRequest, request: Request) -> Response:
         alpha=plan.alpha,
         flagged=[risk.is_flagged],
     )
+    return await asyncio.to_thread(_answer, service, answer_id, given, tokens, risk)
+
+
+def _answer(
+    service: Service, answer_id: str, given: _Given, tokens: Sequence[Token], risk: RiskSummary
+) -> Response:
     document: dict[str, Any] = {
         "id": answer_id,
         "object": "risk",
@@ -145,6 +152,13 @@ def _detokenised(service: Service, body: ScoreTextRequest) -> tuple[Token, ...]:
         start = tokens[-1].end if tokens else 0
         tokens.append(Token(token_id, text, start, start + len(text)))
     return tuple(tokens)
+
+
+def _judged(
+    plan: RiskPlan, given: _Given, readings: Sequence[Reading]
+) -> tuple[list[Token], RiskSummary]:
+    tokens = _scored(plan, given, readings)
+    return tokens, summarise(plan, tokens)
 
 
 def _scored(plan: RiskPlan, given: _Given, readings: Sequence[Reading]) -> list[Token]:

@@ -18,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import msgspec
 import pytest
 import yaml
 
@@ -137,7 +138,9 @@ def hub() -> Iterator[Hub]:
 def folder(tmp_path: Path) -> Path:
     """A probe on disk, with its page."""
     probe = fake_probe()
-    probe.save(tmp_path / "mine", readme=front_matter(probe.card) + "# A probe\n")
+    named = {"base_model": "org/fake", "datasets": "org/questions"}
+    card = msgspec.structs.replace(probe.card, training=named)
+    probe.save(tmp_path / "mine", readme=front_matter(card) + "# A probe\n")
     return tmp_path / "mine"
 
 
@@ -213,8 +216,17 @@ def test_the_page_opens_with_what_the_hub_files_a_probe_by(
     (page,) = set(hub.cards)
     _, block, rest = page.split("---\n", 2)
     data = yaml.safe_load(block)
-    assert data["base_model"] == fake_probe().card.model.model_id
+    assert data["base_model"] == "org/fake"
+    assert data["datasets"] == ["org/questions"]
     assert data["library_name"] == "hneurons"
     assert {"hallucination-detection", "h-neurons"} <= set(data["tags"])
     assert "roc_auc" in data["metrics"]
     assert rest.strip() == "# A probe"
+
+
+def test_what_is_no_name_of_the_hub_becomes_no_link() -> None:
+    """The stem of a file and the name of a folder would point at whatever is called so there."""
+    card = fake_probe().card
+    card = msgspec.structs.replace(card, training={"sources": "movies, ordinary_prompts"})
+    data = yaml.safe_load(front_matter(card).split("---\n")[1])
+    assert not {"base_model", "datasets"} & set(data)

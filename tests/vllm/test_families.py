@@ -63,6 +63,14 @@ async def test_a_model_that_vllm_does_not_compile_is_refused(start_engine, make_
         ("--max_num_seqs 4", "--max-num-seqs is refused"),
         ("--max-num-queued-tokens 9", "give --max-waiting-tokens to this server"),
         ("--max-logprobs 5", "--max-logprobs is refused: this server sets it"),
+        ("--served-model-name x", "give --served-model-name to this server"),
+        ("--trust-remote-code", "--trust-remote-code is refused"),
+        ("--override-generation-config '{\"top_k\": 5}'", "--override-generation-config"),
+        (
+            '--kv-transfer-config \'{"kv_connector": "OffloadingConnector", '
+            '"kv_role": "kv_both"}\'',
+            "--kv-transfer-config",
+        ),
         ("--logprobs-mode processed_logprobs", "--logprobs-mode"),
         ("--hf-overrides '{\"rope_theta\": 5}'", "--hf-overrides"),
         (

@@ -67,6 +67,24 @@ async def test_two_hundred_mixed_requests_read_what_the_reference_reads(llama):
     assert (health.running, health.waiting, llama.engine._tap.readers) == (0, 0, {})
 
 
+async def test_a_prompt_that_is_read_in_chunks_shows_that_the_engine_lives(llama, monkeypatch):
+    """A prompt that took longer than --heartbeat to read, alone, was a hang: every client lost."""
+    tap, steps = llama.engine._tap, []
+    get_output = tap._get_output
+
+    async def counted():
+        outputs = await get_output()
+        steps.append(len(outputs.outputs))
+        return outputs
+
+    monkeypatch.setattr(tap, "_get_output", counted)
+    request = replace(mixed_requests(1, TEXT, lengths=(300,), tokens=2)[0], probe=None, alpha=1.0)
+    await llama.generate(request)
+    silent = steps.index(1)
+    # The first step may have been awaited before it was counted.
+    assert silent >= 300 // 64 - 1, steps
+
+
 @pytest.mark.parametrize("mutant", ["row order swapped", "stale readings", "stale doses"])
 async def test_a_broken_mechanism_turns_the_same_check_red(llama, mutant):
     """What never fails proves nothing."""

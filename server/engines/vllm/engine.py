@@ -137,9 +137,12 @@ class VllmEngine:
             while not (output := await reader.output()).finished:
                 pass
         finish_reason(output.finish_reason)
-        # A preempted request reads its prompt again: the last reading of a position counts.
-        by_position = {reading.position: reading for reading in reader.readings}
         wanted = range(max(request.start - 1, 0), len(request.token_ids))
+        return await asyncio.to_thread(self._readings_of, reader, order, wanted)
+
+    def _readings_of(self, reader: Reader, order: Order, wanted: range) -> tuple[Reading, ...]:
+        # A preempted request reads its prompt again: the last reading of a position counts.
+        by_position = {reading.position: reading for reading in reader.of_whole_prompt()}
         return tuple(
             by_position.get(position, self._unread(order, position)) for position in wanted
         )

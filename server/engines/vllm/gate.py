@@ -118,6 +118,15 @@ def check_signatures() -> None:
     for struct, names in fields:
         if missing := [name for name in names if name not in struct.__annotations__]:
             raise ModelError(f"vLLM's {struct.__name__} has no field {missing[0]}")
+    attributes: Sequence[tuple[type, tuple[str, ...]]] = (
+        (AsyncLLM, ("output_handler", "output_processor", "engine_core")),
+        (Scheduler, ("requests",)),
+        (GPUModelRunner, ("positions", "input_batch", "discard_request_mask")),
+    )
+    for owner, names in attributes:
+        made = inspect.getsource(owner.__init__)
+        if missing := [name for name in names if f"self.{name}" not in made]:
+            raise ModelError(f"vLLM's {owner.__name__} has no attribute {missing[0]}")
     if "external_req_id" not in inspect.signature(RequestState.__init__).parameters:
         raise ModelError("vLLM's RequestState has no external_req_id")
 
@@ -152,7 +161,10 @@ def refuse(config: VllmConfig) -> None:
         "--logprobs-mode other than raw_logprobs": model.logprobs_mode != "raw_logprobs",
         "--enable-return-routed-experts": config.aux_output_config.enable_return_routed_experts,
         "--enable-dbo": parallel.use_ubatching,
+        "--kv-transfer-config, or --kv-offloading-size": config.kv_transfer_config is not None,
+        "--ec-transfer-config": config.ec_transfer_config is not None,
         "--prefill-context-parallel-size above 1": parallel.prefill_context_parallel_size > 1,
+        "--decode-context-parallel-size above 1": parallel.decode_context_parallel_size > 1,
         "--kv-sharing-fast-prefill": config.cache_config.kv_sharing_fast_prefill,
         "--enable-sleep-mode": model.enable_sleep_mode,
         "model runner V2 (set VLLM_USE_V2_MODEL_RUNNER=0)": config.use_v2_model_runner,

@@ -43,8 +43,14 @@ METERED_WORKER = "server.engines.vllm.worker.MeteredWorker"
 SCHEDULER = "server.engines.vllm.worker.make_scheduler"
 OWN_OPTIONS = {  # of vLLM -> how this server calls them; "": it sets them, and nobody else
     "model": "MODEL",
+    "served_model_name": "--served-model-name",
     "revision": "--revision",
+    "code_revision": "",
     "tokenizer": "",
+    "tokenizer_revision": "",
+    "skip_tokenizer_init": "",
+    "trust_remote_code": "",
+    "hf_config_path": "",
     "dtype": "--dtype",
     "max_num_seqs": "--max-num-seqs",
     "max_num_queued_reqs": "--max-waiting-requests",
@@ -52,6 +58,9 @@ OWN_OPTIONS = {  # of vLLM -> how this server calls them; "": it sets them, and 
     "max_logprobs": "",  # as many as the API allows
     "reasoning_parser": "--reasoning-parser",
     "generation_config": "",
+    "override_generation_config": "",
+    "disable_log_stats": "",
+    "enable_log_requests": "",
     "worker_cls": "",
     "scheduler_cls": "",
     "additional_config": "",

@@ -9,17 +9,25 @@ task to wake) is for callers that want its text, and took a seventh of the serve
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from server.engines.base import Contribution, Reading, RequestFailedError
 from server.engines.vllm.plan import MeterPlan, Order
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
     from vllm.v1.engine.async_llm import AsyncLLM
+
+
+log = logging.getLogger(__name__)
 
 
 class Reader:
@@ -30,10 +38,12 @@ class Reader:
         self.has_begun = False  # its first token was written
         self.is_over = False  # its last output has come
         self.readings: deque[Reading] = deque()
+        self.unpacked: list[NDArray[np.float32]] = []  # of a whole prompt, see `of_whole_prompt`
         self._outputs: deque[EngineCoreOutput] = deque()
         self._error: Exception | None = None
         self._news: asyncio.Future[None] | None = None  # awaited
         self._order = order
+        self._written = 0
         if plan is not None and order is not None:
             self._heads = plan.head_slice(order.probe)
             self._width = 1 + plan.heads + order.width
@@ -47,11 +57,15 @@ class Reader:
             raise self._error
         return self._outputs.popleft()
 
-    def take(self, output: EngineCoreOutput, numbers: Sequence[float]) -> None:
+    def take(self, output: EngineCoreOutput, numbers: NDArray[np.float32]) -> None:
         """What one step has written and read for this request."""
-        if self._order is not None:
-            for start in range(0, len(numbers), self._width):
-                self.readings.append(self._reading(numbers[start : start + self._width]))
+        if self._order is not None and self._order.whole_prompt:
+            self.unpacked.append(numbers)
+        elif self._order is not None:
+            self.readings.extend(self._unpack(numbers))
+            if not len(numbers):
+                self.readings.extend(self._missing(len(output.new_token_ids)))
+        self._written += len(output.new_token_ids)
         self._outputs.append(output)
         self.has_begun = True
         self.is_over = output.finished
@@ -65,6 +79,25 @@ class Reader:
     def _tell(self) -> None:
         if self._news is not None and not self._news.done():
             self._news.set_result(None)
+
+    def of_whole_prompt(self) -> list[Reading]:
+        """All readings of a prompt; takes seconds for a long one, so not on the event loop."""
+        return [reading for numbers in self.unpacked for reading in self._unpack(numbers)]
+
+    def _unpack(self, numbers: NDArray[np.float32]) -> Iterator[Reading]:
+        flat = numbers.tolist()
+        for start in range(0, len(flat), self._width):
+            yield self._reading(flat[start : start + self._width])
+
+    def _missing(self, count: int) -> Iterator[Reading]:
+        """A step that wrote and was not read: the meter has failed, and that is not what happens to
+        an end token, which nobody reads."""
+        if count:
+            log.error("a step came home without its readings; its tokens are not scored")
+        start = self.prompt_tokens - 1 + self._written
+        heads = self._heads.stop - self._heads.start
+        for position in range(start, start + count):
+            yield Reading(position, (math.nan,) * heads)
 
     def _reading(self, row: Sequence[float]) -> Reading:
         assert self._order is not None
@@ -109,12 +142,13 @@ class Tap:
     def _take(self, step: EngineCoreOutputs) -> None:
         first = step.outputs[0]
         vector, first.routed_experts = first.routed_experts, None
-        numbers: list[float] = [] if vector is None else vector.tolist()
         start = len(step.outputs)  # before which stands how many numbers each request has
-        for index, output in enumerate(step.outputs):
+        counts = [0] * start if vector is None else vector[:start].astype(np.int64).tolist()
+        numbers = np.empty(0, np.float32) if vector is None else vector
+        for output, count in zip(step.outputs, counts, strict=True):
             state = self._states.get(output.request_id)
             reader = state and self.readers.get(state.external_req_id)
-            stop = start + int(numbers[index]) if numbers else start
+            stop = start + count
             if reader:  # else it was aborted
                 if output.prefill_stats is not None:  # with its first output alone
                     self.cached_tokens_total += output.prefill_stats.num_cached_tokens

@@ -16,6 +16,7 @@ from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -164,8 +165,11 @@ class _HandsOn:
                 if drafts:
                     _leave_out_rejected(outputs.outputs, segments, drafts)
                 self._hand_on(outputs.outputs, segments)
-        # A long prompt is read in many steps that put nothing out: no sign of life is a hang.
-        return by_client or {0: EngineCoreOutputs()}
+        if not any(outputs.outputs for outputs in by_client.values()):
+            # A long prompt is read in many steps that put nothing out, and no sign of life is a
+            # hang. vLLM's client drops what has neither outputs nor statistics.
+            by_client.setdefault(0, EngineCoreOutputs()).scheduler_stats = SchedulerStats()
+        return by_client
 
     def _keep_chunks(self, segments: dict[str, Any], by_client: dict[int, Any]) -> None:
         """Prompts that are read as a whole: gather their readings until the request puts out."""

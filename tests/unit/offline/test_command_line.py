@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import shlex
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 from offline import __main__ as command
@@ -43,6 +45,32 @@ def test_train_has_every_option_of_every_verb_with_the_same_default(
         if name == "part":
             continue
         assert whole[name].default == parameter.default
+
+
+def documented(repository: Path) -> list[str]:
+    """Commands of this package in the fenced blocks of every page."""
+    pages = [repository / "README.md", *sorted((repository / "docs").rglob("*.md"))]
+    blocks = [
+        block
+        for page in pages
+        for block in re.findall(r"```console\n(.*?)```", page.read_text(), re.DOTALL)
+    ]
+    lines = "\n".join(blocks).replace("\\\n", " ").split("\n")
+    return [line for line in lines if "python -m offline " in line]
+
+
+def test_every_command_of_the_documentation_is_understood(repository: Path) -> None:
+    """Trap 19: the README that this work starts from names flags that its scripts do not have."""
+    group = typer.main.get_command(command.app)
+    assert isinstance(group, TyperGroup)
+    lines = documented(repository)
+    assert len(lines) >= 4
+    for line in lines:
+        words = shlex.split(line.partition("python -m offline ")[2])
+        with group.make_context("offline", words) as context:
+            name, verb, rest = group.resolve_command(context, words)
+            assert verb is not None
+            verb.make_context(name, rest)  # or it says what it does not understand
 
 
 @pytest.mark.parametrize("verb", [verb.__name__ for verb in (*VERBS, command.sweep, command.train)])

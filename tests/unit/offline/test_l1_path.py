@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from offline.features import FloatArray
-from offline.l1_path import Solver, l1_path, selected_shares, standardise
+from offline.l1_path import Solver, l1_path, standardise
 from offline.metrics import Bools
 
 ROWS, COLUMNS, PLANTED = 2000, 3072, 20
@@ -91,23 +91,3 @@ def test_standardising_block_by_block_is_standardising(monkeypatch: pytest.Monke
     assert scale == pytest.approx(expected, rel=1e-4)
     assert x == pytest.approx((raw - mean) / expected, abs=1e-4)
     assert (x[:, 5] == 0).all()
-
-
-def test_a_neuron_that_only_one_half_shows_is_not_stable() -> None:
-    """Stability selection: what is planted is there in every resample, with its sign; what tells
-    two relations apart is not."""
-    random = np.random.default_rng(0)
-    units = np.repeat(["big", *(f"r{i}" for i in range(13))], [140, *[20] * 13])
-    x = np.asfortranarray(random.standard_normal((400, 200)).astype(np.float32))
-    positive = x[:, 0] - x[:, 1] + 0.3 * random.standard_normal(400) > 0
-    odd = units == "big"
-    x[odd, 2] += np.where(positive[odd], 3.0, -3.0)
-    shares = selected_shares(
-        x, positive, units, (0.4, 0.2), resamples=12, seed=1, solver="liblinear"
-    )
-    assert shares.shape == (2, 200)
-    assert (shares[:, 0] == 1).all()
-    assert (shares[:, 1] == -1).all()
-    *_, whole = l1_path(x, positive, (0.2,), solver="liblinear")
-    assert whole.weight[2] > 0  # a single fit would have named it
-    assert np.abs(shares[:, 2:]).max() < 0.75

@@ -102,8 +102,8 @@ def report() -> Report:
             ),
         ),
         parts=(PartCounts(part="test", right=30, wrong=30, ordinary=5, tokens={"wrong": 77}),),
-        neurons=(Neuron(layer=0, neuron=3, weight={"token": 1.5, "answer": -1.0}, found_in=5),
-            Neuron(layer=1, neuron=9, weight={"token": -2.0, "answer": 0.5}, found_in=0),),
+        neurons=(Neuron(layer=0, neuron=3, weight={"token": 1.5, "answer": -1.0}, found_in=1.0),
+            Neuron(layer=1, neuron=9, weight={"token": -2.0, "answer": 0.5}, found_in=0.0),),
         budgets=(
             Budget(neurons=1, figures={"tokens": 0.7, "answers": 0.8}, chosen=False),
             Budget(neurons=2, figures={"tokens": 0.8, "answers": 0.9}, chosen=True),

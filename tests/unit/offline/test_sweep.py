@@ -20,7 +20,17 @@ from offline.sweep_answers import (
     missing,
     read_sets,
 )
-from offline.sweep_figures import DIFFERENCE, RANDOM, Slope, Table, perplexities, summarise, tables
+from offline.sweep_figures import (
+    DIFFERENCE,
+    RANDOM,
+    Slope,
+    Table,
+    _against_random_sets,
+    nats_per_token,
+    perplexities,
+    summarise,
+    tables,
+)
 
 ALPHAS = (0.0, 1.0, 2.0)
 NAMES = {PROBED: "tiny", "random-1": "tiny-random-1"}
@@ -84,11 +94,12 @@ def test_a_cut_set_does_not_depend_on_the_order_of_its_file() -> None:
     assert len(cut({"set": items}, 0)["set"]) == 9
 
 
-def test_slopes_are_shares_per_alpha_and_differences_are_paired() -> None:
+def test_slopes_are_shares_per_alpha_and_the_difference_is_to_their_mean() -> None:
     """The probe's neurons refuse at 0 only, random ones never: +0.5 of 3 points, by hand."""
     items = _items(5)
-    answers = _answers(items, {PROBED: {0.0}, "random-1": set()})
-    found = {t.measure: t for t in tables({"set": items}, answers, ["random-1"], ALPHAS)}
+    controls = ["random-1", "random-2"]
+    answers = _answers(items, {PROBED: {0.0}, "random-1": set(), "random-2": set()})
+    found = {t.measure: t for t in tables({"set": items}, answers, controls, ALPHAS)}
     points, slopes = summarise(found["complied"], ALPHAS)
     assert [p.value for p in points if p.neurons == PROBED] == [0, 1, 1]
     assert [p.value for p in points if p.neurons == RANDOM] == [1, 1, 1]
@@ -100,6 +111,30 @@ def test_slopes_are_shares_per_alpha_and_differences_are_paired() -> None:
     assert changed[PROBED].mean(axis=0).tolist() == [1, 0, 1]
     assert changed["random-1"][:, 1].tolist() == [0] * 5
     assert found["tokens"].values[PROBED].mean(axis=0).tolist() == [10, 11, 12]
+
+
+def test_random_sets_that_do_the_same_leave_no_difference() -> None:
+    """With one set at +.5 and one at 0, a probe at +.5 is nothing that a random set could not do;
+    resampling items alone gave it an interval without 0."""
+    rises, flat = np.array([[0.0, 0.5, 1.0]] * 20), np.full((20, 3), 0.5)
+    for sets, could_be_random in (((rises, flat, flat), True), ((flat, flat, flat), False)):
+        values = {PROBED: rises, **{f"random-{i}": value for i, value in enumerate(sets)}}
+        _, slopes = summarise(Table("set", "complied", values), ALPHAS)
+        (found,) = (slope for slope in slopes if slope.neurons == DIFFERENCE)
+        assert (found.low <= 0) == could_be_random
+    _, slopes = summarise(Table("set", "complied", {PROBED: rises, "random-1": flat}), ALPHAS)
+    assert DIFFERENCE not in {slope.neurons for slope in slopes}  # one set has no spread
+
+
+def test_the_interval_of_a_difference_holds_what_another_random_set_does() -> None:
+    """400 draws of four sets: a probe that is no more than a fifth lies outside 5 % of times."""
+    random = np.random.default_rng(0)
+    outside = 0
+    for _ in range(400):
+        probe, *sets = random.normal(0, 0.1, 5)
+        slope = _against_random_sets(np.full(9, probe), sets)
+        outside += not slope.low <= 0 <= slope.high
+    assert 0.02 <= outside / 400 <= 0.08
 
 
 def test_a_slope_is_that_of_least_squares_on_uneven_alphas_too() -> None:
@@ -156,7 +191,7 @@ def test_perplexity_is_the_exponential_of_the_mean_surprise() -> None:
         for neurons in NAMES
         for alpha in ALPHAS
     ]
-    found = list(perplexities(surprises, ["random-1"], ALPHAS))
+    found = list(perplexities(nats_per_token(surprises, ["random-1"], ALPHAS), ALPHAS))
     at = {(p.neurons, p.alpha): p.value for p in found}
     assert at[PROBED, 0.0] == pytest.approx(np.exp(1.5))
     assert at[RANDOM, 2.0] == pytest.approx(np.exp(3.5))

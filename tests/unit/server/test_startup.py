@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
 import msgspec
@@ -14,7 +15,13 @@ from probes.errors import KnownAnswerError, ModelError
 from probes.known_answer import build
 from probes.probe import Probe
 from server import startup
-from server.engines.base import EngineDeadError, Reading, ScoreRequest
+from server.engines.base import (
+    EngineDeadError,
+    GenerationRequest,
+    Reading,
+    ScoreRequest,
+    Step,
+)
 from server.engines.fake import FakeEngine
 from server.engines.fake_model import fake_probe
 from server.known_answer import check_probes
@@ -117,8 +124,37 @@ async def test_every_known_answer_is_read_through_the_engine() -> None:
     answers = build([(1, 2), (3, 4, 5)], lambda ids: [(9.0, 9.0)] * len(ids))
     engine = Watched(probes=[with_answers(probe, answers)])
     with pytest.raises(KnownAnswerError):
-        await check_probes(engine, engine.probes)
+        await check_probes(engine, engine.probes, suppression=True)
     assert [request.token_ids for request in engine.asked] == [(1, 2), (3, 4, 5)]
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda r: r._replace(logits=(r.logits[0] + 0.1, *r.logits[1:])), "computes otherwise"),
+        (lambda r: r._replace(logits=(float("nan"),) * len(r.logits)), "computes otherwise"),
+        (lambda r: r._replace(position=r.position + 1), "misplaces readings"),
+        (lambda r: None, "misplaces readings"),
+    ],
+)
+async def test_an_engine_that_decodes_otherwise_than_it_reads_does_not_start(
+    alpha: float, change: Callable[[Reading], Reading | None], reason: str
+) -> None:
+    """Prevents: a graph of decoding, or of suppression, that nothing looked at before traffic."""
+
+    class Decodes(FakeEngine):
+        async def generate(self, request: GenerationRequest) -> AsyncGenerator[Step, None]:
+            async for step in super().generate(request):
+                assert step.reading is not None
+                at_end = step.token_id is None and request.alpha == alpha
+                yield step._replace(reading=change(step.reading)) if at_end else step
+
+    probe = fake_probe()
+    await check_probes(FakeEngine(probes=[probe]), [probe], suppression=True)
+    engine = Decodes(probes=[probe])
+    with pytest.raises(KnownAnswerError, match=reason):
+        await check_probes(engine, [probe], suppression=True)
 
 
 async def test_a_dead_engine_passes_no_test() -> None:
@@ -132,7 +168,7 @@ async def test_a_dead_engine_passes_no_test() -> None:
     answers = build([(1,)], lambda ids: [(0.0, 0.0)])
     dead = Dead(probes=[with_answers(probe, answers)])
     with pytest.raises(EngineDeadError):
-        await check_probes(dead, dead.probes)
+        await check_probes(dead, dead.probes, suppression=True)
 
 
 def with_answers(probe: Probe, answers: tuple[KnownAnswer, ...]) -> Probe:

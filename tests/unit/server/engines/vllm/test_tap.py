@@ -84,6 +84,15 @@ async def test_each_request_gets_its_own_numbers(tap, core, plan):
     assert [(await reader.output()).new_token_ids for reader in (a, b, c)] == [[7, 8], [6], [4]]
 
 
+async def test_a_whole_prompt_is_unpacked_when_it_is_asked_for(tap, core, plan):
+    """A hundred thousand readings, made on the event loop, would stop every stream for seconds."""
+    tap.readers["a"] = reader = Reader(plan, ORDER._replace(whole_prompt=True), prompt_tokens=3)
+    vector = [10, 2, 1.5, 2.5, 3.5, 4.5, 3, 5.5, 6.5, 7.5, 8.5]
+    await core.step(output("a", 7, routed_experts=np.array(vector, dtype=np.float32)))
+    assert not reader.readings
+    assert reader.of_whole_prompt() == [Reading(2, (1.5, 2.5)), Reading(3, (5.5, 6.5))]
+
+
 async def test_vllm_is_told_of_the_last_output_of_a_request_alone(tap, core):
     """It forgets a request by that; a request that it never forgot would be kept for good."""
     tap.readers["a"] = reader = Reader(None, None, prompt_tokens=3)
@@ -97,12 +106,20 @@ async def test_vllm_is_told_of_the_last_output_of_a_request_alone(tap, core):
     assert [(await reader.output()).new_token_ids for _ in range(2)] == [[7], [9]]
 
 
-async def test_a_step_without_readings_gives_none_and_never_old_ones(tap, core, plan):
-    """The monitor shows a missing reading as not scored."""
+async def test_a_step_without_readings_is_a_meter_that_failed(tap, core, plan, caplog):
+    """Taken for a token that nobody reads, it would pass for the harmless end of an answer."""
     tap.readers["a"] = reader = Reader(plan, ORDER, prompt_tokens=3)
-    await core.step(output("a", 7))
-    assert not reader.readings
+    tap.readers["b"] = prompt = Reader(plan, ORDER._replace(whole_prompt=True), prompt_tokens=3)
+    await core.step(output("a", 7), output("b", 7))
+    await core.step(output("a", 8, 9))
+    await core.step(output("a", finished=True))  # ended without a token: nothing is missing
+    assert [reading.position for reading in reader.readings] == [2, 3, 4]
+    assert np.isnan([reading.logits for reading in reader.readings]).all()
+    assert prompt.of_whole_prompt() == []  # `score` knows which positions it lacks
     assert (await reader.output()).new_token_ids == [7]
+    assert [record.message for record in caplog.records] == [
+        "a step came home without its readings; its tokens are not scored"
+    ] * 2
 
 
 async def test_a_step_that_puts_nothing_out_is_a_sign_of_life(tap, core):
