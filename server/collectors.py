@@ -26,6 +26,8 @@ class EngineCollector(Collector):
             "waiting_prompt_tokens": ("Prompt tokens in the queue.", health.waiting_tokens),
             "seconds_since_step": ("Since the last pass; 0 while idle.", health.seconds_since_step),
         }
+        if health.cache_usage is not None:
+            gauges["kv_cache_usage_ratio"] = ("Of vLLM's blocks, held now.", health.cache_usage)
         counters: dict[str, tuple[str, float]] = {
             "forward_seconds": ("Time in forward passes.", health.forward_seconds_total),
             "cached_prompt_tokens": (
@@ -33,8 +35,16 @@ class EngineCollector(Collector):
                 health.cached_tokens_total,
             ),
         }
-        if health.meter_seconds_total is not None:
-            counters["meter_seconds"] = ("Time spent in the meter.", health.meter_seconds_total)
+        optional = {
+            "meter_seconds": ("Time spent in the meter.", health.meter_seconds_total),
+            "preemptions": ("Requests that had to begin again.", health.preemptions_total),
+            "draft_tokens": ("Tokens that were guessed.", health.draft_tokens_total),
+            "accepted_draft_tokens": (
+                "Guessed tokens that stand.",
+                health.accepted_draft_tokens_total,
+            ),
+        }
+        counters |= {name: (text, v) for name, (text, v) in optional.items() if v is not None}
         for name, (text, value) in gauges.items():
             gauge = GaugeMetricFamily(f"hneurons_{name}", text, labels=["model_name"])
             gauge.add_metric([self._model_name], value)

@@ -100,7 +100,7 @@ async def _run(
     )
     reload = Reload(service, find=lambda: find_probes(settings), open_now=app.gate.open_now)
     try:
-        await check_probes(engine, engine.probes, suppression=settings.suppression)
+        await check_probes(engine, engine.probes, suppression=settings.allows_alpha)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload.request)
         # What is there by now stays: a collection would walk all of it, and every stream would wait
         # for a third of a second (vLLM's server does the same).

@@ -88,7 +88,11 @@ class Settings(BaseSettings):
         "`none` for no probe (default: the shipped one for `demo`, else none)",
     )
     risk_by_default: bool = Field(False, description="answer with risk unless a request says no")
-    suppression: bool = Field(True, description="allow requests to set alpha")
+    suppression: bool | None = Field(
+        None,
+        description="allow requests to set alpha (default: yes; with --engine vllm no, since it is "
+        "compiled into the model's graph and every token pays for it)",
+    )
 
     revision: str | None = Field(
         None, pattern="^[0-9a-f]{40}$", description="commit of a hub id, 40 hex digits"
@@ -173,6 +177,11 @@ class Settings(BaseSettings):
         if "none" in self.probe and len(self.probe) > 1:
             raise ValueError("probe: `none` cannot stand beside other probes")
         return self
+
+    @property
+    def allows_alpha(self) -> bool:
+        """Requests may scale neurons."""
+        return self.engine != "vllm" if self.suppression is None else self.suppression
 
     @property
     def is_loopback(self) -> bool:

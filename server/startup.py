@@ -119,7 +119,7 @@ def _load_checkpoint(settings: Settings, model: Model, probes: Sequence[Probe]) 
         "max_num_seqs": settings.max_num_seqs,
         "max_waiting_requests": settings.max_waiting_requests,
         "max_waiting_tokens": settings.max_waiting_tokens,
-        "suppression": settings.suppression,
+        "suppression": settings.allows_alpha,
     }
     if settings.engine == "vllm":
         from server.engines.vllm.loader import load_vllm_engine
@@ -150,7 +150,7 @@ def make_service(settings: Settings, engine: Engine, model: Model) -> Service:
         metrics=metrics,
         served_names=model.names,
         created=int(time.time()),
-        suppression=settings.suppression,
+        suppression=settings.allows_alpha,
         risk_by_default=settings.risk_by_default,
         parsers=find_parsers(settings, engine),
         room_for_choices=settings.max_num_seqs + settings.max_waiting_requests,

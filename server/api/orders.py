@@ -209,7 +209,9 @@ def _probe(service: Service, options: RiskOptions) -> Probe:
 def _check_suppression(service: Service, probe: Probe, options: RiskOptions) -> None:
     param = "risk.alpha" if options.alpha != 1 else "risk.policy"
     if not service.suppression:
-        raise APIError(400, "this server runs without suppression: alpha is 1", param=param)
+        raise APIError(
+            400, "this server runs without suppression (--suppression): alpha is 1", param=param
+        )
     if not probe.suppress.any():
         raise APIError(400, "this probe has no neurons to suppress: alpha is 1", param=param)
 

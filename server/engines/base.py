@@ -178,6 +178,11 @@ class Health:
     meter_seconds_total: float | None = None  # wall time in the meter; None: it has no clock
     forward_seconds_total: float = 0.0  # wall time spent in forward passes, meter included
     cached_tokens_total: int = 0  # prompt tokens whose keys and values were there already
+    # None: this engine has no blocks of keys and values to share out, and drafts nothing.
+    cache_usage: float | None = None  # share of the blocks that running requests hold
+    preemptions_total: int | None = None  # requests that gave their blocks up and begin again
+    draft_tokens_total: int | None = None  # tokens that were guessed
+    accepted_draft_tokens_total: int | None = None  # of these, the ones that stand
 
 
 class Engine(Protocol):

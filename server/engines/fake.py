@@ -158,6 +158,10 @@ class FakeEngine:
             seconds_since_step=time.monotonic() - self._last_step if busy else 0.0,
             meter_seconds_total=self._meter_seconds,
             forward_seconds_total=self._forward_seconds,
+            cache_usage=self._running / self._max_num_seqs,
+            preemptions_total=0,
+            draft_tokens_total=0,
+            accepted_draft_tokens_total=0,
         )
 
     async def aclose(self) -> None:

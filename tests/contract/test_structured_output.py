@@ -1,6 +1,6 @@
 """`response_format`: what is refused, and what an engine that knows grammars is told.
 
-That the text obeys is the engine's part (tests/vllm/test_service.py); here an engine writes what
+That the text obeys is the engine's part (tests/engines/test_service.py); here an engine writes what
 a script says.
 """
 

@@ -17,7 +17,7 @@ from tests.running import RunningServer, running_server
 CONTEXT = 1024
 FLAGS = {
     "transformers": (),
-    "vllm": ("--vllm-args", "--kv-cache-memory-bytes 512M"),
+    "vllm": ("--suppression", "--vllm-args", "--kv-cache-memory-bytes 512M"),
 }
 LIMITS = ("--max-model-len", str(CONTEXT), "--max-waiting-requests", "16", "--drain-timeout", "1")
 

@@ -86,6 +86,9 @@ async def test_running_requests_give_up_their_blocks_and_lose_no_reading(llama):
     before = await llama.inside("resumed")
     assert await llama.worst(requests) <= LIMIT["float32"]
     assert await llama.inside("resumed") > before, "nothing was preempted"
+    health = llama.engine.health()
+    assert health.preemptions_total > 0
+    assert health.draft_tokens_total > health.accepted_draft_tokens_total > 0
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 3, 4, 5, 6, 7])

@@ -1,7 +1,7 @@
 """What the worker does to vLLM besides metering."""
 
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -28,19 +28,48 @@ def test_of_a_request_with_drafts_one_reading_is_kept_for_each_new_token():
     }  # fmt: skip
 
 
-def test_a_step_that_puts_nothing_out_is_a_sign_of_life():
-    """A long prompt is read in chunks for a minute and more; the server took that for a hang."""
+def hands_on(by_client: dict[int, Any]) -> Any:
+    """A scheduler of ours over one that puts `by_client` out."""
     from server.engines.vllm.worker import _HandsOn
 
     class Scheduler:
         requests: ClassVar[dict[str, object]] = {}
+        kv_cache_manager = SimpleNamespace(usage=0.25)
 
-        def update_from_output(self, *_: object) -> dict[int, object]:
-            return {}
+        def update_from_output(self, *_: object) -> dict[int, Any]:
+            return by_client
 
     class HandsOn(_HandsOn, Scheduler):
         pass
 
-    (outputs,) = HandsOn().update_from_output(None, SimpleNamespace()).values()
+    return HandsOn()
+
+
+def scheduled(**drafts: list[int]) -> SimpleNamespace:
+    return SimpleNamespace(preempted_req_ids={"x"}, scheduled_spec_decode_tokens=drafts)
+
+
+def test_a_step_that_puts_nothing_out_is_a_sign_of_life():
+    """A long prompt is read in chunks for a minute and more; the server took that for a hang."""
+    (outputs,) = hands_on({}).update_from_output(scheduled(), SimpleNamespace()).values()
     assert outputs.outputs == []
     assert outputs.scheduler_stats is not None  # or vLLM's client drops it
+
+
+def test_what_only_the_scheduler_knows_is_told_now_and_then():
+    from server.engines.vllm.worker import STATISTICS_EVERY
+
+    output = SimpleNamespace(request_id="a", new_token_ids=[5, 6])
+    outputs = SimpleNamespace(outputs=[output], scheduler_stats=None)
+    scheduler, told = hands_on({0: outputs}), []
+    for _ in range(2 * STATISTICS_EVERY):
+        outputs.scheduler_stats = None
+        scheduler.update_from_output(scheduled(a=[1, 2, 3]), SimpleNamespace())
+        told.append(outputs.scheduler_stats)
+    assert [i + 1 for i, one in enumerate(told) if one] == [STATISTICS_EVERY, 2 * STATISTICS_EVERY]
+    assert told[-1].kv_cache_usage == 0.25
+    assert told[-1].kv_connector_stats == {
+        "preempted": 2 * STATISTICS_EVERY,
+        "drafted": 6 * STATISTICS_EVERY,
+        "accepted": 2 * STATISTICS_EVERY,
+    }

@@ -172,6 +172,10 @@ class VllmEngine:
             seconds_since_step=time.monotonic() - self._tap.last_step if readers else 0.0,
             forward_seconds_total=self._tap.seconds_total,
             cached_tokens_total=self._tap.cached_tokens_total,
+            cache_usage=self._tap.cache_usage if readers else 0.0,
+            preemptions_total=self._tap.totals["preempted"],
+            draft_tokens_total=self._tap.totals["drafted"],
+            accepted_draft_tokens_total=self._tap.totals["accepted"],
         )
 
     async def aclose(self) -> None:

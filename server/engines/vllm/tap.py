@@ -122,6 +122,8 @@ class Tap:
         self.last_step = time.monotonic()
         self.seconds_total = 0.0  # wall time between outputs while there was work
         self.cached_tokens_total = 0  # prompt tokens whose keys and values were there already
+        self.cache_usage = 0.0  # share of the blocks of keys and values, some steps ago
+        self.totals = dict.fromkeys(("preempted", "drafted", "accepted"), 0)
         self._states = llm.output_processor.request_states
         self._get_output: Callable[[], Awaitable[EngineCoreOutputs]]
         self._get_output = llm.engine_core.get_output_async
@@ -134,6 +136,9 @@ class Tap:
         now = time.monotonic()
         self.seconds_total += now - self.last_step if self.readers else 0.0
         self.last_step = now
+        if (statistics := outputs.scheduler_stats) is not None:
+            self.cache_usage = statistics.kv_cache_usage
+            self.totals = statistics.kv_connector_stats or self.totals
         if outputs.outputs:
             self._take(outputs)
             outputs.outputs = [output for output in outputs.outputs if output.finished]

@@ -33,6 +33,9 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as _Worker
 
 
+STATISTICS_EVERY = 32  # steps; a message of 20 us
+
+
 class OwnedWorker(_Worker):
     """vLLM's worker as a part of this server, which alone hears signals and says what is wrong."""
 
@@ -146,6 +149,8 @@ class _HandsOn:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._chunks: dict[str, list[Any]] = {}  # readings of prompts that are read in chunks
+        self._steps = 0
+        self._totals = dict.fromkeys(("preempted", "drafted", "accepted"), 0)
 
     def update_from_output(
         self, scheduler_output: Any, model_runner_output: Any
@@ -154,6 +159,7 @@ class _HandsOn:
         by_client: dict[int, EngineCoreOutputs] = super().update_from_output(  # type: ignore[misc]
             scheduler_output, model_runner_output
         )
+        self._count(scheduler_output, by_client)
         if readings is not None:
             segments = {
                 request_id: readings.data[readings.bounds[i] : readings.bounds[i + 1]]
@@ -165,11 +171,24 @@ class _HandsOn:
                 if drafts:
                     _leave_out_rejected(outputs.outputs, segments, drafts)
                 self._hand_on(outputs.outputs, segments)
-        if not any(outputs.outputs for outputs in by_client.values()):
+        is_silent = not any(outputs.outputs for outputs in by_client.values())
+        self._steps += 1
+        if is_silent or self._steps % STATISTICS_EVERY == 0:
             # A long prompt is read in many steps that put nothing out, and no sign of life is a
             # hang. vLLM's client drops what has neither outputs nor statistics.
-            by_client.setdefault(0, EngineCoreOutputs()).scheduler_stats = SchedulerStats()
+            by_client.setdefault(0, EngineCoreOutputs()).scheduler_stats = SchedulerStats(
+                kv_cache_usage=self.kv_cache_manager.usage,  # type: ignore[attr-defined]
+                kv_connector_stats=dict(self._totals),  # for anything; connectors are refused
+            )
         return by_client
+
+    def _count(self, scheduler_output: Any, by_client: dict[int, EngineCoreOutputs]) -> None:
+        self._totals["preempted"] += len(scheduler_output.preempted_req_ids or ())
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        for output in (o for outputs in by_client.values() for o in outputs.outputs):
+            if drafted := drafts.get(output.request_id):
+                self._totals["drafted"] += len(drafted)
+                self._totals["accepted"] += max(0, len(output.new_token_ids) - 1)
 
     def _keep_chunks(self, segments: dict[str, Any], by_client: dict[int, Any]) -> None:
         """Prompts that are read as a whole: gather their readings until the request puts out."""

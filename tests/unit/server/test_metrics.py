@@ -58,10 +58,15 @@ def test_gauges_are_read_when_scraped():
     assert value("hneurons_requests_running") == 2
     assert value("hneurons_meter_seconds_total") == 0.5
     now = Health(alive=False, reason="gone")
-    with pytest.raises(
-        IndexError
-    ):  # no clock is no series: 0 would say that the meter costs nothing
-        value("hneurons_meter_seconds_total")
+    # No clock is no series: 0 would say that the meter costs nothing.
+    for name in ("meter_seconds_total", "preemptions_total", "kv_cache_usage_ratio"):
+        with pytest.raises(IndexError):
+            value(f"hneurons_{name}")
+    now = Health(alive=True, cache_usage=0.25, preemptions_total=3, draft_tokens_total=9)
+    assert value("hneurons_kv_cache_usage_ratio") == 0.25
+    assert value("hneurons_preemptions_total") == 3
+    assert value("hneurons_draft_tokens_total") == 9
+    now = Health(alive=False, reason="gone")
     assert value("hneurons_requests_running") == 0
     assert value("hneurons_engine_alive") == 0
 

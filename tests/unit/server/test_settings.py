@@ -76,3 +76,17 @@ def test_the_message_names_the_setting_not_the_value(monkeypatch: pytest.MonkeyP
 def test_keys_are_no_flag() -> None:
     """Prevents: a key in the list of processes."""
     assert not [name for name in Settings.model_fields if name == "api_keys" or name == "api_key"]
+
+
+@pytest.mark.parametrize(
+    ("words", "allowed"),
+    [
+        ((), True),
+        (("--no-suppression",), False),
+        (("--engine", "vllm"), False),
+        (("--engine", "vllm", "--suppression"), True),
+    ],
+)
+def test_on_vllm_alpha_is_asked_for(words: tuple[str, ...], allowed: bool) -> None:
+    """Prevents: every token of a production server paying for a lever that nobody moves."""
+    assert read_settings(["m", *words]).allows_alpha == allowed

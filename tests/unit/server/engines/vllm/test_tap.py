@@ -46,7 +46,7 @@ class Core:
 
     async def step(self, *outputs: SimpleNamespace) -> list[str]:
         """The requests of one step of which vLLM is told."""
-        self._steps.append(SimpleNamespace(outputs=list(outputs)))
+        self._steps.append(SimpleNamespace(outputs=list(outputs), scheduler_stats=None))
         passed = await self.get_output_async()
         return [output.request_id for output in passed.outputs]
 
@@ -129,6 +129,15 @@ async def test_a_step_that_puts_nothing_out_is_a_sign_of_life(tap, core):
     assert await core.step() == []
     assert time.monotonic() - tap.last_step < 10
     assert 100 <= tap.seconds_total < 110
+
+
+async def test_what_the_scheduler_tells_is_kept_until_it_tells_again(tap, core):
+    totals = {"preempted": 3, "drafted": 8, "accepted": 5}
+    told = SimpleNamespace(kv_cache_usage=0.5, kv_connector_stats=totals)
+    core._steps.append(SimpleNamespace(outputs=[], scheduler_stats=told))
+    await core.get_output_async()
+    await core.step()
+    assert (tap.cache_usage, tap.totals) == (0.5, totals)
 
 
 async def test_whoever_waits_is_told(tap, core):
