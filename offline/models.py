@@ -13,6 +13,7 @@ from probes.card import ModelIdentity
 from probes.errors import ModelError
 from probes.fingerprint import chat_template_sha256, identity, tokenizer_sha256
 from probes.neurons import find_ffns
+from probes.quantised import ask_for_plain, make_plain, quantisation, refuse_unproven
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -106,26 +107,32 @@ def load_model(
     dtype: str = "auto",
     device_map: str | None = None,
 ) -> LoadedModel:
-    """ModelError when the model cannot be read.
+    """ModelError when the model cannot be read, or is quantised in a way that is not proven.
 
     dtype       of the weights, as the server's: auto is the checkpoint's own
     device_map  transformers' word for how a model that no GPU holds alone is spread: auto, ...
     """
     import torch
-    from transformers import AutoModelForCausalLM, PreTrainedModel
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
     try:
+        config = AutoConfig.from_pretrained(model, revision=revision or "main")
+        if quantised := quantisation(config.to_dict()):
+            refuse_unproven(short_name(model), quantised)
+        ask_for_plain(config)
         loaded = AutoModelForCausalLM.from_pretrained(
             model,
+            config=config,
             revision=revision or "main",
             dtype=dtype,
             device_map=device_map,
             use_safetensors=True,
         )
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, ImportError) as exc:
         raise ModelError(f"cannot load {model!r}: {exc}") from exc
     if not isinstance(loaded, PreTrainedModel):
         raise ModelError(f"{model} loads as {type(loaded).__name__}, not as a language model")
+    make_plain(loaded)
     if device_map is None and torch.cuda.is_available():
         loaded.to("cuda")  # type: ignore[arg-type]  # wrapped by a decorator that loses `self`
     ends: set[object] = {tokenizer.tokenizer.eos_token_id}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from probes.card import ModelIdentity
@@ -20,6 +20,7 @@ from probes.errors import ModelError, ProbeError
 from probes.fingerprint import chat_template_sha256, identity, match, tokenizer_sha256
 from probes.neurons import FFN
 from probes.probe import Probe
+from probes.quantised import ask_for_plain, make_plain, quantisation, refuse_unproven
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,21 +31,25 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def load_weights(
     model_path: Path | str, *, revision: str | None, dtype: str | None
 ) -> PreTrainedModel:
-    """The transformers model on the CPU, frozen; ModelError when a weight is missing.
+    """The transformers model on the CPU, frozen and de-quantised; ModelError when a weight is
+    missing.
 
     `model_path` is a folder or a hub id; `dtype` None is the checkpoint's own.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     try:
+        config = AutoConfig.from_pretrained(model_path, revision=revision or "main")
+        ask_for_plain(config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model_path,
+            config=config,
             revision=revision or "main",
             dtype=DTYPES[dtype] if dtype else "auto",
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(f"{model_path} cannot be loaded: {str(error).splitlines()[0]}") from error
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
@@ -54,6 +59,7 @@ def load_weights(
             f"{model_path} lacks weights of {type(model).__name__} ({len(absent)}, first "
             f"{absent[0]}); they would be random: get the whole checkpoint"
         )
+    make_plain(model)
     model.requires_grad_(False)
     model.train(False)
     return model
@@ -71,8 +77,8 @@ def load_tokenizer(model_path: Path | str, *, revision: str | None) -> PreTraine
 
 
 def refuse_unreadable(model_path: Path | str, *, revision: str | None) -> None:
-    """ModelError unless the repository holds plain weights and nothing else: no code, no adapter,
-    nothing quantised."""
+    """ModelError unless the repository holds weights and nothing else: no code, no adapter, nothing
+    quantised in a way that changes what neurons are."""
     folder = Path(model_path)
     if folder.is_dir():
         scripts = sorted(path.name for path in folder.glob("*.py"))
@@ -91,13 +97,8 @@ def refuse_unreadable(model_path: Path | str, *, revision: str | None) -> None:
             f"{model_path} wants its own code to be run (auto_map), which is never done: use a "
             f"model that transformers knows by itself"
         )
-    text = config.get("text_config") or {}
-    if quantised := config.get("quantization_config") or text.get("quantization_config"):
-        raise ModelError(
-            f"{model_path} is quantised ({quantised.get('quant_method', 'unknown method')}); that "
-            f"its neurons are those of the checkpoint is proven for no method: use the weights in "
-            f"bfloat16, float16 or float32"
-        )
+    if quantised := quantisation(config):
+        refuse_unproven(str(model_path), quantised)
 
 
 def identify(

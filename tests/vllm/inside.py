@@ -45,7 +45,14 @@ def open_up() -> Iterator[None]:
         patch.setattr(MeteredWorker, "resumed", lambda worker: resumed, raising=False)
         patch.setattr(MeteredWorker, "mutate", mutate, raising=False)
         patch.setattr(MeteredWorker, "heal", heal, raising=False)
+        patch.setattr(MeteredWorker, "schemes", _schemes, raising=False)
         yield
+
+
+def _schemes(worker: Any) -> set[str]:
+    """How the layers that are read keep their weights."""
+    read = (m for m in worker.model_runner.model.modules() if hasattr(m, "hn_columns"))
+    return {type(getattr(module, "scheme", None)).__name__ for module in read}
 
 
 def _reversed_rows(begin: Any) -> Any:

@@ -58,7 +58,12 @@ def assert_none_left(processes: list[psutil.Process]) -> None:
 
 @pytest.mark.parametrize(
     ("victim", "blow"),
-    [("EngineCore", signal.SIGKILL), ("Worker", signal.SIGKILL), ("EngineCore", signal.SIGSTOP)],
+    [
+        ("EngineCore", signal.SIGKILL),
+        ("Worker", signal.SIGKILL),
+        ("EngineCore", signal.SIGSTOP),
+        ("Worker", signal.SIGSTOP),
+    ],
 )
 def test_a_process_that_is_lost_ends_streams_and_server(server, victim, blow):
     """Prevents: clients that wait for ever, a 200 from a server whose engine is gone, orphans."""

