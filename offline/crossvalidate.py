@@ -75,7 +75,8 @@ def crossvalidate(data: Dataset, like: FitResult, run: Path, *, splits: int) -> 
         )
         done = _done(fitted, judged)
         if done is None:
-            result = fit(outer, like.settings)
+            # How stable its neurons are is nobody's question here.
+            result = fit(outer, msgspec.structs.replace(like.settings, resamples=0))
             evaluation = evaluate(outer, result)
             result.save(fitted)
             evaluation.save(judged)

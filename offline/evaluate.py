@@ -212,9 +212,12 @@ def _reliability(data: Dataset, result: FitResult, logits: Floats) -> tuple[Reli
     score = pooled(data, logits[:, result.response_head], answers, result.pooling)
     token, response = calibrate(result.token, logits[rows, 0]), calibrate(result.response, score)
     default = [p for p in result.token_points if p.name == result.settings.token_default]
-    spans = runs(data, logits[:, 0], span_mixture(data, "test"), result.token, default)
+    mixed, pooling = span_mixture(data, "test"), result.span.pooling
+    spans = runs(data, logits[:, 0], mixed, result.token, default, pooling)
     return (
         *metrics.reliability_bins("token", token, data.features.kind[rows] == Kind.WRONG),
-        *metrics.reliability_bins("span", calibrate(result.span, spans.logit), spans.wrong),
+        *metrics.reliability_bins(
+            "span", calibrate(result.span.calibration, spans.logit), spans.wrong
+        ),
         *metrics.reliability_bins("response", response, wrong),
     )

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from offline import flagged_spans
 from offline.calibrate import choose_calibration
 from offline.dataset import Dataset
 from offline.examples import Examples, answer_examples, claim_examples, token_examples
@@ -33,6 +34,7 @@ from probes.calibration import (
     calibrate,
     choose_operating_points,
 )
+from probes.card import SpanRule
 from probes.spans import Pooling
 
 log = logging.getLogger(__name__)
@@ -98,8 +100,10 @@ def found_again(
     on a random half of the relations and questions in which it was found, too. Near 1 a neuron is
     there whatever half is seen, near 0 another half names others.
 
-    RecordError when hardly a half holds right and wrong answers.
+    RecordError when hardly a half holds right and wrong answers. Nothing without resamples.
     """
+    if not settings.resamples:
+        return ()
     names = np.unique(np.concatenate([one.unit for one in examples.values()]))
     random = np.random.default_rng(settings.seed)
     count: Counter[int] = Counter()
@@ -288,7 +292,7 @@ def _calibrated(
         },
         pooling=pooling,
         poolings={f"{p.kind} {p.window}": ranks[p] for p in POOLINGS},
-        calibrations={"token": token_scores, "span": span_scores, "response": response_scores},
+        calibrations={"token": token_scores, **span_scores, "response": response_scores},
         token=token,
         span=span,
         token_points=token_points,
@@ -303,22 +307,35 @@ def _calibrated_spans(
     logits: Floats,
     token: Calibration,
     points: Sequence[OperatingPoint],
-) -> tuple[Calibration, dict[str, float]]:
-    """Of runs at every operating point, since a client may set another threshold than the default.
+) -> tuple[SpanRule, dict[str, dict[str, float]]]:
+    """Of runs at every operating point, since a client may set another threshold than the default;
+    with the Brier scores of each pooling, of which the best one's is taken.
 
     Where runs cannot tell, having no false alarms among them say, the tokens' calibration stands.
     """
-    found = runs(data, logits, span_mixture(data, "fit"), token, points)
+    answers = span_mixture(data, "fit")
+    best: tuple[float, SpanRule] | None = None
+    scores: dict[str, dict[str, float]] = {}
     reason = "no run is wrong, or all are"
-    if has_both(found.wrong):
+    for pooling in flagged_spans.POOLINGS:
+        found = runs(data, logits, answers, token, points, pooling)
+        if not has_both(found.wrong):
+            continue
         try:
-            return choose_calibration(
+            calibration, score = choose_calibration(
                 found.logit, found.wrong, found.unit.tolist(), seed=settings.seed
             )
         except RecordError as error:  # too few, in too few units
             reason = str(error)
-    log.warning("spans keep the calibration of tokens: %s", reason)
-    return token, {}
+            continue
+        scores[f"span, {pooling.kind}"] = score
+        rule = SpanRule(pooling=pooling, calibration=calibration)
+        if best is None or min(score.values()) < best[0]:
+            best = min(score.values()), rule
+    if best is None:
+        log.warning("spans keep the calibration of tokens: %s", reason)
+        return SpanRule(pooling=flagged_spans.POOLINGS[0], calibration=token), {}
+    return best[1], scores
 
 
 def _spread(logits: Floats, rows: IntArray, data: Dataset) -> Floats:

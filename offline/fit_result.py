@@ -14,6 +14,7 @@ from offline.records import Record, RecordError, read_record, write_atomic
 from offline.shards import FeaturesHeader
 from offline.splits import SPLIT_SEED
 from probes.calibration import Calibration, OperatingPoint
+from probes.card import SpanRule
 from probes.spans import Pooling
 
 TOKEN, ANSWER = "token", "answer"  # the heads
@@ -29,7 +30,7 @@ class FitSettings(Record, frozen=True, kw_only=True):
     max_neurons: int = 300  # of all heads together
     budgets: tuple[float, ...] = (0.25, 0.5, 1.0)  # shares of `max_neurons` that are tried
     folds: int = 5
-    resamples: int = 20  # halves of the units in which the neurons are looked for again
+    resamples: int = 20  # halves of the units in which the neurons are looked for again, or none
     heads: HeadSettings = HeadSettings()
     right_per_wrong: float = 1.4  # weight of the tokens of right claims, by repetition
     scaffold_per_wrong: float = 2.0  # tokens of the scaffold, at most, per token of a wrong claim
@@ -61,7 +62,8 @@ class FitResult(Record, frozen=True, kw_only=True):
     settings: FitSettings
     features: FeaturesHeader
     chosen: Weights
-    found_in: tuple[float, ...]  # [columns] share of fits on half of the units that found it, too
+    # [columns] share of fits on half of the units that found it, too; nothing without resamples
+    found_in: tuple[float, ...]
     penalty: dict[str, float]  # head -> L2
     trials: tuple[Trial, ...]
     examples: dict[str, int]  # kind of example -> how many were fitted on
@@ -69,7 +71,7 @@ class FitResult(Record, frozen=True, kw_only=True):
     poolings: dict[str, float]  # each one's held-out AUROC over whole responses
     calibrations: dict[str, dict[str, float]]  # level -> method -> held-out Brier score
     token: Calibration
-    span: Calibration  # of the mean logit of a run of flagged tokens
+    span: SpanRule  # of a run of flagged tokens
     token_points: tuple[OperatingPoint, ...]
     response: Calibration
     response_points: tuple[OperatingPoint, ...]

@@ -22,14 +22,17 @@ from offline.shards import Kind
 from offline.splits import Part
 from offline.tables import CALIBRATION, table
 from probes.calibration import Calibration, OperatingPoint, calibrate
-from probes.card import EvaluationRow
-from probes.spans import flagged_runs
+from probes.card import EvaluationRow, SpanRule
+from probes.spans import Pooling, flagged_runs
+
+# The mean of a run falls with the threshold that delimits it, its largest logit hardly does.
+POOLINGS = (Pooling("mean"), Pooling("max"))
 
 
 class Runs(NamedTuple):
     """Runs of flagged tokens; all arrays `[runs]`."""
 
-    logit: Floats  # mean over the run
+    logit: Floats  # pooled over the run
     wrong: Bools  # it touches a wrong claim
     unit: Names
 
@@ -63,6 +66,7 @@ def runs(
     answers: Iterable[int],
     rule: Calibration,
     points: Sequence[OperatingPoint],
+    pooling: Pooling,
 ) -> Runs:
     """Of `answers`, by the token head's `logits` `[rows]`, at each of `points`. A run in what a
     short answer adds after its claim is left out: nobody has judged it."""
@@ -74,28 +78,28 @@ def runs(
             for start, stop in flagged_runs((risk >= point.threshold).tolist()):
                 of_run = kind[start:stop]
                 if (of_run != Kind.UNJUDGED).any():
-                    mean = float(logits[rows[start:stop]].mean())
+                    logit = pooling.pool(logits[rows[start:stop]].tolist())
                     wrong = bool((of_run == Kind.WRONG).any())
-                    found.append((mean, wrong, str(data.unit[rows[0]])))
-    logit, hits, unit = zip(*found, strict=True) if found else ((), (), ())
-    return Runs(np.array(logit, np.float64), np.array(hits, np.bool_), np.array(unit, np.str_))
+                    found.append((logit, wrong, str(data.unit[rows[0]])))
+    pooled, hits, unit = zip(*found, strict=True) if found else ((), (), ())
+    return Runs(np.array(pooled, np.float64), np.array(hits, np.bool_), np.array(unit, np.str_))
 
 
 def span_rows(
     data: Dataset,
     logits: Floats,
     rule: Calibration,
-    span_rule: Calibration,
+    span_rule: SpanRule,
     points: Sequence[OperatingPoint],
 ) -> Iterator[EvaluationRow]:
     """At each operating point: what share of the runs hold a wrong claim, and whether their risks
     say so."""
     answers = span_mixture(data, "test")
     for point in points:
-        found = runs(data, logits, answers, rule, (point,))
+        found = runs(data, logits, answers, rule, (point,), span_rule.pooling)
         dataset = f"flagged spans, {point.name}"
         every = np.ones(len(found.wrong), dtype=np.bool_)
         share = {"hold_a_wrong_claim": metrics.mean_of_positives}
         yield from table(share, dataset, "probe", every, found.wrong.astype(float), found.unit)
-        risk = calibrate(span_rule, found.logit)
+        risk = calibrate(span_rule.calibration, found.logit)
         yield from table(CALIBRATION, dataset, "probe", found.wrong, risk, found.unit)

@@ -81,7 +81,7 @@ def publish(
         token=TokenRule(
             head=TOKEN,
             calibration=result.token,
-            span_calibration=result.span,
+            span=result.span,
             operating_points=result.token_points,
             default=result.settings.token_default,
             reference=reference_risks(

@@ -18,7 +18,7 @@ from probes.calibration import Calibration, OperatingPoint
 from probes.cett import FORMULA_VERSION
 from probes.spans import Pooling
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # fits a header, a label and a folder
 _DTYPES = frozenset({"float64", "float32", "bfloat16", "float16"})
@@ -77,13 +77,20 @@ class ReferenceRisks(Record, frozen=True, kw_only=True):
         return bisect_right(self.edges, risk)
 
 
+class SpanRule(Record, frozen=True, kw_only=True):
+    """How the logits of a run of flagged tokens become the risk that the run touches a wrong
+    claim: pool, then calibrate."""
+
+    pooling: Pooling
+    calibration: Calibration
+
+
 class TokenRule(Record, frozen=True, kw_only=True):
-    """How one head's logit of one token becomes the token's risk; and how the mean logit of a run
-    of flagged tokens becomes the risk that the run touches a wrong claim."""
+    """How one head's logit of one token becomes the token's risk, and those of a run the run's."""
 
     head: str
     calibration: Calibration
-    span_calibration: Calibration
+    span: SpanRule
     operating_points: tuple[OperatingPoint, ...]
     default: str  # name of the operating point that is used when a request sets no threshold
     reference: ReferenceRisks

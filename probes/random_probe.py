@@ -17,6 +17,7 @@ from probes.card import (
     ProbeCard,
     ReferenceRisks,
     ResponseRule,
+    SpanRule,
     TokenRule,
 )
 from probes.cett import FORMULA_VERSION
@@ -68,7 +69,7 @@ def _card(identity: ModelIdentity, *, name: str, heads: tuple[str, ...]) -> Prob
         token=TokenRule(
             head=heads[0],
             calibration=calibration,
-            span_calibration=calibration,
+            span=SpanRule(pooling=Pooling("mean"), calibration=calibration),
             operating_points=points,
             default="half",
             reference=ReferenceRisks(edges=(0.5,), shares=(0.5, 0.5)),

@@ -8,7 +8,6 @@ finite reading has risk None and a reason; nothing is guessed. Knows nothing of 
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -252,14 +251,14 @@ def summarise(plan: RiskPlan, tokens: Sequence[Token]) -> RiskSummary:
 
 
 def _spans(plan: RiskPlan, tokens: Sequence[Token]) -> Iterator[Span]:
+    rule = plan.probe.card.token.span
     visible = [token for token in tokens if token.text]
     for (segment, call), group in groupby(visible, key=lambda token: (token.segment, token.call)):
         field = list(group)
         for start, stop in flagged_runs([token.is_flagged for token in field]):
             run = field[start:stop]
             logits = [token.logits[0] for token in run if token.logits is not None]
-            mean = math.fsum(logits) / len(logits)
-            risk = plan.probe.card.token.span_calibration.risk(mean)
+            risk = rule.calibration.risk(rule.pooling.pool(logits))
             text = "".join(token.text for token in run)
             yield Span(run[0].start, run[-1].end, text, risk, segment, call)
 

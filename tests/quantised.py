@@ -40,7 +40,7 @@ def quantise(folder: Path, twin: Path, *, bits: int = 4, group: int = 32) -> Non
     for module in linear:
         groups = module.weight.detach().float().unflatten(1, (-1, group))
         scale = (groups.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)).to(model.dtype)
-        number = (groups / scale.float()).round()
+        number = (groups / scale.float()).round() + 0.0  # integers know no -0
         module.weight.data = (number * scale.float()).flatten(1).to(model.dtype)
         scales.append(scale.squeeze(-1))
     model.save_pretrained(twin)

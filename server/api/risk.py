@@ -63,12 +63,13 @@ async def score_text(body: ScoreTextRequest, request: Request) -> Response:
         tenant=tenant_of(request),
     )
     service.metrics.request_accepted("risk", prompt_tokens=len(given.prompt))
-    risk: RiskSummary | None = None
+    summary: RiskSummary | None = None
     error_code: str | None = "aborted"
     try:
         readings = await unless_gone(request.receive, service.engine.score(order))
         # On a thread, as its answer: a long text would stop every stream for a second.
         tokens, risk = await asyncio.to_thread(_judged, plan, given, readings)
+        summary = risk
         error_code = None
     except ClientGoneError as error:
         service.metrics.request_aborted("disconnect")
@@ -90,7 +91,7 @@ async def score_text(body: ScoreTextRequest, request: Request) -> Response:
                     endpoint="risk",
                     model=service.model_name,
                     plan=plan,
-                    choices=[ChoiceRecord(finish_reason=None, risk=risk, text="")],
+                    choices=[ChoiceRecord(finish_reason=None, risk=summary, text="")],
                     prompt_tokens=len(given.prompt),
                     completion_tokens=0,
                     seconds=service.clock() - started,

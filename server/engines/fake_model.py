@@ -17,6 +17,7 @@ from probes.card import (
     ProbeCard,
     ReferenceRisks,
     ResponseRule,
+    SpanRule,
     TokenRule,
 )
 from probes.cett import FORMULA_VERSION
@@ -95,7 +96,7 @@ def fake_probe(
         token=TokenRule(
             head="token",
             calibration=calibration,
-            span_calibration=Platt(slope=0.8, intercept=0.0),
+            span=SpanRule(pooling=Pooling("mean"), calibration=Platt(slope=0.8, intercept=0.0)),
             operating_points=points,
             default=default,
             reference=_REFERENCE,

@@ -49,10 +49,10 @@ def open_up() -> Iterator[None]:
         yield
 
 
-def _schemes(worker: Any) -> set[str]:
+def _schemes(worker: Any) -> list[str]:
     """How the layers that are read keep their weights."""
     read = (m for m in worker.model_runner.model.modules() if hasattr(m, "hn_columns"))
-    return {type(getattr(module, "scheme", None)).__name__ for module in read}
+    return sorted({type(getattr(module, "scheme", None)).__name__ for module in read})
 
 
 def _reversed_rows(begin: Any) -> Any:

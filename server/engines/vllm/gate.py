@@ -125,7 +125,7 @@ def check_signatures() -> None:
         (GPUModelRunner, ("positions", "input_batch", "discard_request_mask")),
     )
     for owner, names in attributes:
-        made = inspect.getsource(owner.__init__)
+        made = inspect.getsource(owner)
         if missing := [name for name in names if f"self.{name}" not in made]:
             raise ModelError(f"vLLM's {owner.__name__} has no attribute {missing[0]}")
     if "external_req_id" not in inspect.signature(RequestState.__init__).parameters:

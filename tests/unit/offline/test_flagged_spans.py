@@ -14,9 +14,12 @@ from offline.flagged_spans import runs, span_mixture, span_rows
 from offline.metrics import Floats
 from offline.shards import Kind
 from probes.calibration import OperatingPoint, Platt, calibrate
+from probes.card import SpanRule
+from probes.spans import Pooling
 from tests.unit.offline.conftest import MakeAnswer
 from tests.unit.offline.test_fit import SETTINGS, _dataset
 
+MEAN = Pooling("mean")
 RULE = Platt(slope=1.0, intercept=0.0)
 POINT = OperatingPoint(name="fpr_1", threshold=0.5, false_positive_rate=0.01, recall=0.5)
 LOW, HIGH = -2.0, 2.0
@@ -37,11 +40,13 @@ def test_a_run_is_wrong_when_it_touches_a_wrong_claim(data: Dataset) -> None:
     logits = low(data)
     first = data.first[wrong]
     logits[[first, first + 3, first + 4]] = [HIGH, HIGH, HIGH + 1]
-    found = runs(data, logits, [wrong], RULE, [POINT])
+    found = runs(data, logits, [wrong], RULE, [POINT], MEAN)
     assert found.logit.tolist() == [HIGH, HIGH + 0.5]
+    highest = runs(data, logits, [wrong], RULE, [POINT], Pooling("max"))
+    assert highest.logit.tolist() == [HIGH, HIGH + 1]
     assert found.wrong.tolist() == [False, True]
     assert set(found.unit) == {data.unit[first]}
-    twice = runs(data, logits, [wrong], RULE, [POINT, POINT])
+    twice = runs(data, logits, [wrong], RULE, [POINT, POINT], MEAN)
     assert len(twice.wrong) == 4
 
 
@@ -51,9 +56,9 @@ def test_what_nobody_has_judged_is_no_false_alarm(data: Dataset) -> None:
     logits, first = low(data), data.first[wrong]
     logits[first] = HIGH
     data.features.kind[first] = Kind.UNJUDGED
-    assert len(runs(data, logits, [wrong], RULE, [POINT]).wrong) == 0
+    assert len(runs(data, logits, [wrong], RULE, [POINT], MEAN).wrong) == 0
     logits[first + 1] = HIGH  # a run that begins there and goes on into what was judged
-    assert runs(data, logits, [wrong], RULE, [POINT]).wrong.tolist() == [False]
+    assert runs(data, logits, [wrong], RULE, [POINT], MEAN).wrong.tolist() == [False]
 
 
 def test_the_mixture_has_as_many_tokens_of_prose_as_of_short_answers(data: Dataset) -> None:
@@ -94,15 +99,16 @@ def test_runs_get_the_risk_that_they_have_and_not_that_of_their_tokens(data: Dat
     for rows in (claims, prose):
         logits[rows] = random.normal(2.0, 0.3, len(rows)).clip(0.5)
     span, scores = _calibrated_spans(data, SETTINGS, logits, RULE, [POINT])
-    found = runs(data, logits, span_mixture(data, "fit"), RULE, [POINT])
-    risk = calibrate(span, found.logit)
-    assert scores
+    found = runs(data, logits, span_mixture(data, "fit"), RULE, [POINT], span.pooling)
+    risk = calibrate(span.calibration, found.logit)
+    assert set(scores) == {"span, mean", "span, max"}
     assert risk.mean() == pytest.approx(found.wrong.mean(), abs=0.02)
     assert calibrate(RULE, found.logit).mean() > found.wrong.mean() + 0.2
     rows = {row.metric: row for row in span_rows(data, logits, RULE, span, [POINT])}
     assert rows["hold_a_wrong_claim"].dataset == "flagged spans, fpr_1"
     assert 0.2 < rows["hold_a_wrong_claim"].value < 0.8
-    of_tokens = {row.metric: row for row in span_rows(data, logits, RULE, RULE, [POINT])}
+    as_tokens = SpanRule(pooling=span.pooling, calibration=RULE)
+    of_tokens = {row.metric: row for row in span_rows(data, logits, RULE, as_tokens, [POINT])}
     assert rows["ece"].value < of_tokens["ece"].value
 
 
@@ -112,6 +118,22 @@ def test_runs_without_a_false_alarm_keep_the_calibration_of_tokens(
     """A perfect detector is no reason to end the fit."""
     logits = low(data)
     logits[data.features.kind == Kind.WRONG] = HIGH
-    assert _calibrated_spans(data, SETTINGS, logits, RULE, [POINT]) == (RULE, {})
+    kept = SpanRule(pooling=MEAN, calibration=RULE)
+    assert _calibrated_spans(data, SETTINGS, logits, RULE, [POINT]) == (kept, {})
     assert "spans keep the calibration of tokens" in caplog.text
-    assert _calibrated_spans(data, SETTINGS, low(data), RULE, [POINT]) == (RULE, {})
+    assert _calibrated_spans(data, SETTINGS, low(data), RULE, [POINT]) == (kept, {})
+
+
+def test_the_pooling_is_the_one_that_tells_runs_apart(data: Dataset) -> None:
+    """One high token makes a wrong claim, four middling ones a false alarm of a higher mean."""
+    logits = low(data)
+    for answer in range(len(data.answers)):
+        rows = data.rows_of(answer)
+        claim = rows[data.features.kind[rows] == Kind.WRONG]
+        if len(claim):
+            logits[rows[-2:]] = [0.1, 4.0 + 0.01 * (answer % 7)]
+        elif data.labels[answer].verdict == "ordinary":
+            logits[rows[:4]] = 2.5 + 0.01 * (answer % 7)
+    span, scores = _calibrated_spans(data, SETTINGS, logits, RULE, [POINT])
+    assert span.pooling == Pooling("max")
+    assert min(scores["span, max"].values()) < 0.1

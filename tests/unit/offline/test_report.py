@@ -19,10 +19,13 @@ from offline.report import (
     Report,
     TintedAnswer,
     _crossvalidation,
+    _sweep,
+    _transfers,
 )
 from offline.report_charts import INK, shown_curves
 from offline.report_page import _headline, render
 from offline.sweep_figures import Example, Point, Slope, SweepFigures
+from offline.transfer import Drift, Transfer
 from probes.calibration import OperatingPoint
 from probes.card import EvaluationRow, ModelIdentity, ReliabilityBin
 
@@ -128,6 +131,7 @@ def report() -> Report:
         ),
         not_good_for=("It is no fact checker.",),
         sweep=None,
+        transfers=(),
     )  # fmt: skip
 
 
@@ -246,3 +250,32 @@ def test_a_cross_validation_of_another_fit_is_left_out_and_the_log_says_so(
     assert _crossvalidation(tmp_path, "f") == found
     assert _crossvalidation(tmp_path, "g") is None
     assert "is of another fit and left out" in caplog.text
+
+
+def test_what_is_of_another_probe_is_left_out(
+    sweep: SweepFigures, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run folder is fitted again; its sweep and its siblings are of the probe before."""
+    sweep.save(tmp_path / "sweep.json")
+    found = Transfer(probe=sweep.probe, sibling="base", differs=(), rows=(), drift=None)
+    (tmp_path / "transfer" / "base").mkdir(parents=True)
+    (tmp_path / "transfer" / "base" / "transfer.json").write_bytes(msgspec.json.encode(found))
+    for own in ("", sweep.probe):  # "": published elsewhere, nothing to compare with
+        assert _sweep(tmp_path / "sweep.json", own) == sweep
+        assert list(_transfers(tmp_path / "transfer", own)) == [found]
+    assert not caplog.records
+    assert _sweep(tmp_path / "sweep.json", "p@other") is None
+    assert list(_transfers(tmp_path / "transfer", "p@other")) == []
+    assert [record.message.split(" is of ")[1] for record in caplog.records] == [
+        f"{sweep.probe} and left out; this run's probe is p@other"
+    ] * 2
+
+
+def test_siblings_are_shown_with_their_drift(report: Report) -> None:
+    drift = Drift(neurons=3, mean=1e-3, mean_of_all=2e-3, rank=0.4, p_value=0.2)
+    row = EvaluationRow(dataset="claims", detector="sibling", metric="auroc", value=0.71, n=9)
+    found = Transfer(probe="p@1", sibling="the-base", differs=("dtype",), rows=(row,), drift=drift)
+    page = render(msgspec.structs.replace(report, transfers=(found,)))
+    for text in ("the-base (differs in dtype)", "0.710", "1.00e-03", "p = 0.200"):
+        assert text in page
+    assert "siblings" not in render(report)

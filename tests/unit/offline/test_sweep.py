@@ -52,7 +52,7 @@ def _answers(items: list[Item], refused_at: dict[str, set[float]]) -> list[Sweep
             finish_reason="stop",
         )
         for item in items
-        for neurons in NAMES
+        for neurons in refused_at
         for alpha in ALPHAS
         if alpha != 1 or neurons == PROBED
     ]

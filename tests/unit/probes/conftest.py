@@ -17,6 +17,7 @@ from probes.card import (
     ProbeCard,
     ReferenceRisks,
     ResponseRule,
+    SpanRule,
     TokenRule,
 )
 from probes.cett import FORMULA_VERSION
@@ -125,7 +126,9 @@ def make_card() -> Callable[..., ProbeCard]:
             "token": TokenRule(
                 head="token",
                 calibration=Platt(slope=1.5, intercept=-0.5),
-                span_calibration=Platt(slope=1.2, intercept=-0.7),
+                span=SpanRule(
+                    pooling=Pooling("mean"), calibration=Platt(slope=1.2, intercept=-0.7)
+                ),
                 operating_points=points,
                 default="fpr_5",
                 reference=ReferenceRisks(edges=(0.5,), shares=(0.5, 0.5)),

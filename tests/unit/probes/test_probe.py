@@ -227,7 +227,7 @@ def test_more_neurons_than_a_probe_may_have_are_refused(make_probe, make_card):
 # --- unsound cards ---------------------------------------------------------------------------
 
 CARDS = {
-    "schema": (("schema_version",), 1, "schema_version is 1, expected 2"),
+    "schema": (("schema_version",), 1, "schema_version is 1, expected 3"),
     "formula": (("formula_version",), 2, "formula_version is 2, expected 1"),
     "name": (("name",), "a b", "name must match"),
     "path name": (("name",), "../x", "name must match"),
@@ -275,9 +275,9 @@ def test_a_card_of_another_schema_is_told_so_and_not_what_it_lacks(make_probe, t
 
     def older(card):
         card["schema_version"] = 1
-        del card["token"]["span_calibration"]
+        del card["token"]["span"]
 
-    with pytest.raises(ProbeFormatError, match=r"schema_version is 1, expected 2: fit and publish"):
+    with pytest.raises(ProbeFormatError, match=r"schema_version is 1, expected 3: fit and publish"):
         _load(tmp_path, make_probe(), card=older)
 
 

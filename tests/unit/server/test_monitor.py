@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
+import msgspec
 import pytest
 
+from probes.spans import Pooling
 from server.detokenizer import Detokenizer
 from server.engines.base import Contribution, Reading, RequestFailedError, Step
 from server.engines.fake_model import IM_END, fake_probe, fake_tokenizer
@@ -221,14 +224,20 @@ def test_a_stop_string_at_the_first_token_leaves_an_empty_answer():
     assert summarise(plan(), watched.tokens).reason == "no_text"
 
 
-def test_a_span_is_the_calibrated_mean_of_its_logits():
+@pytest.mark.parametrize(("kind", "pooled"), [("mean", 2.25), ("max", 4.0)])
+def test_a_span_is_pooled_and_calibrated_by_a_rule_of_its_own(kind, pooled):
     """The mean of two risks is not a probability of anything; and a run is right less often than
     its tokens, so it has a calibration of its own."""
-    watched = monitor(risk=plan())
+    probe = fake_probe()
+    span = msgspec.structs.replace(probe.card.token.span, pooling=Pooling(kind))
+    token = msgspec.structs.replace(probe.card.token, span=span)
+    card = msgspec.structs.replace(probe.card, token=token)
+    order = dataclasses.replace(plan(), probe=dataclasses.replace(probe, card=card))
+    watched = monitor(risk=order)
     run(watched, written("abcde", readings=[LOW, 0.5, 4.0, LOW, HIGH]))
-    spans = summarise(plan(), watched.tokens).spans
+    spans = summarise(order, watched.tokens).spans
     assert [(span.start, span.end, span.text) for span in spans] == [(1, 3, "bc"), (4, 5, "e")]
-    assert spans[0].risk == pytest.approx(risk_of(0.8 * 2.25))
+    assert spans[0].risk == pytest.approx(risk_of(0.8 * pooled))
 
 
 def test_a_span_does_not_reach_over_a_token_that_was_not_scored():
