@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,11 +61,19 @@ METHODS: dict[str, Callable[[Floats, NDArray[np.bool_]], Calibration]] = {
 }
 
 
+class Chosen(NamedTuple):
+    """A calibration, and the Brier score of every method on units that it was not fitted on."""
+
+    calibration: Calibration
+    scores: dict[str, float]
+    score: float  # of the method that was chosen
+
+
 def choose_calibration(
     logits: Floats, hallucinated: NDArray[np.bool_], units: Sequence[str], *, seed: int
-) -> tuple[Calibration, dict[str, float]]:
-    """The simplest method within one standard error of the best, fitted on all rows; and the Brier
-    score, on units that it was not fitted on, of each that these logits do not rule out.
+) -> Chosen:
+    """The simplest method within one standard error of the best, fitted on all rows; with the
+    scores of each that these logits do not rule out.
 
     The error is that of the difference, fold by fold, as when the number of neurons is chosen: a
     curve with more freedom wins by a hair on the relations it was chosen by, and its risks of 0 and
@@ -88,7 +97,7 @@ def choose_calibration(
 
     chosen = next(name for name, loss in losses.items() if loss is best or near(loss))
     scores = {name: float(loss.mean()) for name, loss in losses.items()}
-    return METHODS[chosen](logits, hallucinated), scores
+    return Chosen(METHODS[chosen](logits, hallucinated), scores, scores[chosen])
 
 
 def _held_out_losses(

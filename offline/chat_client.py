@@ -153,15 +153,17 @@ async def _served_model(http: httpx.AsyncClient, like: str) -> str:
     try:
         response = await http.get("/v1/models")
         response.raise_for_status()
-        names: list[str] = [model["id"] for model in response.json()["data"]]
+        models = response.json()["data"]
+        names: list[str] = [model["id"] for model in models]
     except (httpx.HTTPError, ValueError, LookupError, TypeError) as exc:
         raise ChatError(f"{http.base_url} is no OpenAI-compatible server: {exc}") from exc
     if like in names:
         return like
-    if len(names) != 1:
+    are_aliases = all(model.get("owned_by") == "hneurons" for model in models)  # our server's
+    if not names or (len(names) > 1 and not are_aliases):
         raise ChatError(
             f"{http.base_url} serves {', '.join(names) or 'nothing'}, but no model called "
-            f"{like!r}; give the server of the model that is to be probed"
+            f"{like!r}; say which is to be probed (--served-model)"
         )
     log.info("%s calls its model %r; it is taken for %r", http.base_url, names[0], like)
     return names[0]

@@ -33,6 +33,7 @@ from offline.options import (
     Run,
     Samples,
     Seed,
+    ServedModel,
     Spans,
     SplitSeed,
     Temperature,
@@ -51,6 +52,7 @@ def collect(
     out: Run,
     questions: Questions,
     base_url: BaseURL = None,
+    served_model: ServedModel = None,
     revision: Revision = None,
     paper: Paper = False,
     samples: Samples = None,
@@ -79,8 +81,9 @@ def collect(
         seed=seed,
     )
     verb.ask_all(
-        model, out, asked, sampling, base_url=base_url, revision=revision, in_flight=in_flight,
-        model_dtype=model_dtype, api_key=os.environ.get("OPENAI_API_KEY"),
+        model, out, asked, sampling, base_url=base_url, served_model=served_model,
+        revision=revision, in_flight=in_flight, model_dtype=model_dtype,
+        api_key=os.environ.get("OPENAI_API_KEY"),
     )  # fmt: skip
 
 
@@ -186,6 +189,7 @@ def resample(
     out: Run,
     best_of: BestOf = 0,
     base_url: BaseURL = None,
+    served_model: ServedModel = None,
     revision: Revision = None,
     judge: JudgeName = "alias",
     judge_url: JudgeURL = None,
@@ -213,8 +217,9 @@ def resample(
     )
     samples = out / verb.FOLDER
     ask_all(
-        model, samples, again, verb.sampling(best_of, seed), base_url=base_url, revision=revision,
-        in_flight=in_flight, model_dtype=model_dtype, api_key=os.environ.get("OPENAI_API_KEY"),
+        model, samples, again, verb.sampling(best_of, seed), base_url=base_url,
+        served_model=served_model, revision=revision, in_flight=in_flight, model_dtype=model_dtype,
+        api_key=os.environ.get("OPENAI_API_KEY"),
     )  # fmt: skip
     label(
         model, samples, revision, judge=judge, judge_url=judge_url, judge_model=judge_model,

@@ -15,13 +15,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from offline import flagged_spans
 from offline.calibrate import choose_calibration
 from offline.dataset import Dataset
 from offline.examples import Examples, answer_examples, claim_examples, token_examples
 from offline.features import IntArray
 from offline.fit_result import ANSWER, TOKEN, FitResult, FitSettings, Trial
-from offline.flagged_spans import runs, span_mixture
+from offline.flagged_spans import SPAN_POOLINGS, runs, span_mixture
 from offline.heads import Weights, find_columns, join, train, train_as_the_paper
 from offline.metrics import Bools, Floats, has_both, rank
 from offline.mixtures import JUDGED, POOLINGS, claim_means, mixture, pooled, response_mixture
@@ -100,10 +99,8 @@ def found_again(
     on a random half of the relations and questions in which it was found, too. Near 1 a neuron is
     there whatever half is seen, near 0 another half names others.
 
-    RecordError when hardly a half holds right and wrong answers. Nothing without resamples.
+    Nothing without resamples, or when hardly a half holds right and wrong answers.
     """
-    if not settings.resamples:
-        return ()
     names = np.unique(np.concatenate([one.unit for one in examples.values()]))
     random = np.random.default_rng(settings.seed)
     count: Counter[int] = Counter()
@@ -115,12 +112,14 @@ def found_again(
             count.update(_columns_of(examples, kept, budget, settings))
             done += 1
         if done == settings.resamples:
-            log.info("neurons were looked for in %d halves of the data", done)
             return tuple(count[column] / done for column in columns)
-    raise RecordError(
-        f"only {done} of {2 * settings.resamples} halves of the {len(names)} relations and "
-        f"questions hold right and wrong answers; ask more questions, or of more groups"
-    )
+    if settings.resamples:
+        log.warning(
+            "how stable the neurons are is not known: only %d of %d halves of the %d relations and "
+            "questions hold right and wrong answers",
+            *(done, 2 * settings.resamples, len(names)),
+        )
+    return ()
 
 
 def _columns_of(
@@ -263,7 +262,7 @@ def _calibrated(
     """The result, with what the held-out `logits [all rows, heads]` decide."""
     rows = mixture(data, "fit")
     wrong = data.features.kind[rows] == Kind.WRONG
-    token, token_scores = choose_calibration(
+    token, token_scores, _ = choose_calibration(
         logits[rows, 0], wrong, data.unit[rows].tolist(), seed=settings.seed
     )
     risk = calibrate(token, logits[rows, 0])
@@ -274,7 +273,7 @@ def _calibrated(
     ranks = {p: rank(wrong, score) for p, score in scores.items()}
     pooling = max(ranks, key=lambda p: ranks[p])
     units = data.unit[data.first[answers]].tolist()
-    response, response_scores = choose_calibration(
+    response, response_scores, _ = choose_calibration(
         scores[pooling], wrong, units, seed=settings.seed
     )
     risk = calibrate(response, scores[pooling])
@@ -317,24 +316,24 @@ def _calibrated_spans(
     best: tuple[float, SpanRule] | None = None
     scores: dict[str, dict[str, float]] = {}
     reason = "no run is wrong, or all are"
-    for pooling in flagged_spans.POOLINGS:
+    for pooling in SPAN_POOLINGS:
         found = runs(data, logits, answers, token, points, pooling)
         if not has_both(found.wrong):
             continue
         try:
-            calibration, score = choose_calibration(
+            chosen = choose_calibration(
                 found.logit, found.wrong, found.unit.tolist(), seed=settings.seed
             )
         except RecordError as error:  # too few, in too few units
             reason = str(error)
             continue
-        scores[f"span, {pooling.kind}"] = score
-        rule = SpanRule(pooling=pooling, calibration=calibration)
-        if best is None or min(score.values()) < best[0]:
-            best = min(score.values()), rule
+        scores[f"span, {pooling.kind}"] = chosen.scores
+        if best is None or chosen.score < best[0]:
+            rule = SpanRule(pooling=pooling, calibration=chosen.calibration)
+            best = chosen.score, rule
     if best is None:
         log.warning("spans keep the calibration of tokens: %s", reason)
-        return SpanRule(pooling=flagged_spans.POOLINGS[0], calibration=token), {}
+        return SpanRule(pooling=SPAN_POOLINGS[0], calibration=token), {}
     return best[1], scores
 
 

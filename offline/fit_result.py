@@ -62,7 +62,7 @@ class FitResult(Record, frozen=True, kw_only=True):
     settings: FitSettings
     features: FeaturesHeader
     chosen: Weights
-    # [columns] share of fits on half of the units that found it, too; nothing without resamples
+    # [columns] share of fits on half of the units that found it, too; or nothing: not known
     found_in: tuple[float, ...]
     penalty: dict[str, float]  # head -> L2
     trials: tuple[Trial, ...]

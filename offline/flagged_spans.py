@@ -26,7 +26,7 @@ from probes.card import EvaluationRow, SpanRule
 from probes.spans import Pooling, flagged_runs
 
 # The mean of a run falls with the threshold that delimits it, its largest logit hardly does.
-POOLINGS = (Pooling("mean"), Pooling("max"))
+SPAN_POOLINGS = (Pooling("mean"), Pooling("max"))
 
 
 class Runs(NamedTuple):

@@ -19,6 +19,12 @@ Questions = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="commit of a hub id, 40 hex digits")]
 BaseURL = Annotated[str | None, typer.Option(help="server to ask (default: start one)")]
+ServedModel = Annotated[
+    str | None,
+    typer.Option(
+        help="what --base-url calls MODEL (default: its only model, or the one of the same name)"
+    ),
+]
 Paper = Annotated[
     bool,
     typer.Option(

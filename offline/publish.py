@@ -148,10 +148,7 @@ def training_facts(run: Path, result: FitResult, data: Dataset) -> dict[str, str
         "chosen": f"{len(result.chosen.columns)} neurons within {result.settings.max_neurons}, the "
         "fewest within one standard error of the best; L2 penalty "
         + ", ".join(f"{value:g} ({head})" for head, value in result.penalty.items()),
-        "found again": f"in {result.settings.resamples} fits on a random half of the relations and "
-        f"questions each: {sum(share >= 0.9 for share in result.found_in)} of the neurons in nine "
-        f"of ten, {sum(share <= 0.1 for share in result.found_in)} in one of ten or none; half of "
-        f"them in {np.median(result.found_in):.0%} or more",
+        "found again": _found_again(result),
         "answers_sha256": sha256(run / "answers.jsonl"),
         "labels_sha256": sha256(run / "labels.jsonl"),
     }
@@ -173,6 +170,18 @@ def training_facts(run: Path, result: FitResult, data: Dataset) -> dict[str, str
             f"{len(answered) - wrong} right, {wrong} wrong, {len(data.ordinary(part))} ordinary"
         )
     return facts
+
+
+def _found_again(result: FitResult) -> str:
+    shares = result.found_in
+    if not shares:
+        return "not known"
+    return (
+        f"in {result.settings.resamples} fits on a random half of the relations and questions "
+        f"each: {sum(share >= 0.9 for share in shares)} of the neurons in nine of ten, "
+        f"{sum(share <= 0.1 for share in shares)} in one of ten or none; half of them in "
+        f"{np.median(shares):.0%} or more"
+    )
 
 
 def make_probe(card: ProbeCard, result: FitResult, ffns: tuple[FFN, ...]) -> Probe:

@@ -76,7 +76,7 @@ class Neuron(Record, frozen=True, kw_only=True):
     layer: int
     neuron: int
     weight: dict[str, float]  # head -> per unit of CETT; its size is no measure of importance
-    found_in: float  # share of fits on half of the relations and questions
+    found_in: float | None  # share of fits on half of the relations and questions
 
     @property
     def is_h_neuron(self) -> bool:
@@ -250,7 +250,8 @@ def _parts(data: Dataset) -> Iterator[PartCounts]:
 def _neurons(result: FitResult) -> Iterator[Neuron]:
     width = result.features.model.intermediate_size
     chosen = result.chosen
-    for column, weights, again in zip(chosen.columns, chosen.weight, result.found_in, strict=True):
+    found_in = result.found_in or [None] * len(chosen.columns)
+    for column, weights, again in zip(chosen.columns, chosen.weight, found_in, strict=True):
         layer, neuron = divmod(column, width)
         by_head = dict(zip(chosen.heads, weights, strict=True))
         yield Neuron(layer=layer, neuron=neuron, weight=by_head, found_in=again)

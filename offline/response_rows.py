@@ -19,7 +19,8 @@ from probes.calibration import calibrate
 from probes.card import EvaluationRow
 from probes.spans import Pooling, flagged_runs
 
-# What is no rival: the probe itself, what it is a part of, and its own method on fewer data.
+# What has no row of its own there: the probe itself, what it is a part of, its own method on fewer
+# data, and random neurons, which are many draws.
 NO_RIVALS = ("probe", "random", "fitted on")
 
 

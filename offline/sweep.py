@@ -125,7 +125,8 @@ def require_probes(
     api_key: str | None,
     trust_env: bool = True,
 ) -> None:
-    """SweepError unless the server holds exactly these probes: names can be given twice."""
+    """SweepError unless the server holds exactly these probes (names can be given twice) and lets
+    requests scale their neurons."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     root = base_url.rstrip("/").removesuffix("/v1")
     try:
@@ -133,10 +134,12 @@ def require_probes(
             f"{root}/v1/probes", headers=headers, timeout=30.0, trust_env=trust_env
         )
         response.raise_for_status()
-        served = {entry["id"] for entry in response.json()["data"]}
+        served = {entry["id"]: entry["suppression"] for entry in response.json()["data"]}
     except (httpx.HTTPError, ValueError, LookupError, TypeError) as exc:
         raise SweepError(f"{base_url} does not tell its probes: {exc}") from exc
     lacking = [neurons for neurons, probe in probes.items() if probe.id not in served]
     if lacking:
         flags = " ".join(f"--probe {path}" for path in paths.values())
         raise SweepError(f"{base_url} has not loaded {lacking}; start it with {flags}")
+    if not all(served[probe.id] for probe in probes.values()):
+        raise SweepError(f"{base_url} does not let requests set alpha; start it with --suppression")

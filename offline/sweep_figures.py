@@ -2,8 +2,8 @@
 
 One behaviour set, one measure and one set of neurons make a matrix `[items, alphas]`; a point is a
 column's mean, a slope the mean of the rows' least-squares slopes. All neurons are resampled by the
-same items. That says nothing about the draw of random neurons, so their difference to the probe has
-another interval: it asks whether one more random set could have done what the probe did.
+same items. That says nothing about the draw of random neurons, so the interval of their difference
+to the probe also holds what one more random set could have done.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Point(Record, frozen=True, kw_only=True):
 
 class Slope(Record, frozen=True, kw_only=True):
     """Change of a measure per unit of alpha, with its 95 % interval; of "probe - random", see
-    `_against_random_sets`."""
+    `_as_wide_as_random_sets`."""
 
     behaviour: str
     measure: str
@@ -178,23 +178,26 @@ def summarise(table: Table, alphas: Sequence[float]) -> tuple[list[Point], list[
     ]
     sets = [float(by_item[neurons].mean()) for neurons in table.values if neurons != PROBED]
     if len(sets) > 1:
-        found = _against_random_sets(by_item[PROBED], sets)
-        slopes.append(_slope(table, DIFFERENCE, found))
+        of_items = _interval(by_item[PROBED] - by_item[RANDOM], weights)
+        slopes.append(_slope(table, DIFFERENCE, _as_wide_as_random_sets(of_items, sets)))
     return points, slopes
 
 
-def _against_random_sets(probe: Floats, sets: Sequence[float]) -> Figure:
-    """Slope of the probe less the mean slope of the random sets, with the interval of one more
-    random set (Student's prediction interval): with 0 in it, a random set may do the same.
+def _as_wide_as_random_sets(difference: Figure, sets: Sequence[float]) -> Figure:
+    """`difference`, of the probe's slope to the mean of the random sets' and resampled by item,
+    with an interval that also holds where the difference of one more random set would lie (95 %,
+    Student's prediction interval): with 0 in it, the items or the draw of neurons may have made it.
 
-    probe [items] slopes; sets: one slope each. Three sets leave two degrees of freedom, and wide
-    intervals: that is what three sets can say.
+    sets: one slope each. Three leave two degrees of freedom, and wide intervals: that is what three
+    sets can say.
     """
     count = len(sets)
     spread = float(np.std(sets, ddof=1)) * np.sqrt(1 + 1 / count)
     reach = float(stats.t.ppf(0.975, count - 1)) * spread
-    value = float(probe.mean() - np.mean(sets))
-    return Figure(value, value - reach, value + reach, len(probe))
+    return difference._replace(
+        low=min(difference.low, difference.value - reach),
+        high=max(difference.high, difference.value + reach),
+    )
 
 
 def nats_per_token(

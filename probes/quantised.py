@@ -25,9 +25,13 @@ _LEFT = ("forward", "quantization_scheme", "quantization_status", "quantization_
 
 
 def quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The `quantization_config` of a checkpoint's config.json; empty for plain weights."""
-    text = config.get("text_config") or {}
-    return config.get("quantization_config") or text.get("quantization_config") or {}
+    """The `quantization_config` of a checkpoint's config.json (`compression_config` in old ones);
+    empty for plain weights."""
+    for holder in (config, config.get("text_config") or {}):
+        for key in ("quantization_config", "compression_config"):
+            if holder.get(key):
+                return dict(holder[key])
+    return {}
 
 
 def refuse_unproven(model: str, quantised: Mapping[str, Any]) -> None:

@@ -56,8 +56,8 @@ class RiskToken(AnswerModel):
 
 
 class RiskSpan(AnswerModel):
-    """A run of flagged tokens of one field. Its risk is calibrated for runs: another scale than that
-    of its tokens, and maybe below their threshold."""
+    """A run of flagged tokens of one field. Its risk is calibrated for runs: on another scale than
+    that of its tokens, and maybe below their threshold."""
 
     start: int
     end: int

@@ -58,6 +58,7 @@ class ProbeInfo(AnswerModel):
     neurons: int
     layers: int
     h_neurons: int
+    suppression: bool  # requests may scale these
     thresholds: ProbeThresholds
     evaluation: list[EvaluationRow]
     not_good_for: list[str]

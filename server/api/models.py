@@ -64,6 +64,7 @@ def _probe(service: Service, probe: Probe) -> dict[str, Any]:
         "neurons": len(probe.neuron),
         "layers": len(set(probe.layer.tolist())),
         "h_neurons": len(probe.h_neurons),
+        "suppression": service.suppression and len(probe.h_neurons) > 0,
         "thresholds": {"token": _rule(card.token), "response": _rule(card.response)},
         "evaluation": msgspec.to_builtins(card.evaluation),
         "not_good_for": list(card.not_good_for),

@@ -99,7 +99,7 @@ async def score_text(body: ScoreTextRequest, request: Request) -> Response:
                     traceparent=traceparent,
                 )
             )
-    service.metrics.response_monitored(risk, tokens)
+    await asyncio.to_thread(service.metrics.response_monitored, risk, tokens)
     service.metrics.request_finished("risk", seconds=service.clock() - started)
     record_of(request).update(
         prompt_tokens=len(given.prompt),
@@ -132,7 +132,9 @@ async def _given(service: Service, body: ScoreTextRequest) -> _Given:
     if body.prompt_token_ids is not None and body.token_ids is not None:
         check_token_ids(service, body.prompt_token_ids, param="prompt_token_ids")
         check_token_ids(service, body.token_ids, param="token_ids")
-        return _Given(tuple(body.prompt_token_ids), _detokenised(service, body))
+        return _Given(
+            tuple(body.prompt_token_ids), await asyncio.to_thread(_detokenised, service, body)
+        )
     if body.messages is not None:
         prompt = await chat_prompt(service, body.messages)
     else:

@@ -12,9 +12,10 @@ const CONTRIBUTORS = 5; // per token; the wire allows 10
 
 const api = new Api();
 const card = new TokenCard();
-const panel = new ProbePanel(byId("probe-body"), (rule) =>
-  columns.forEach((column) => column.apply(rule)),
-);
+const panel = new ProbePanel(byId("probe-body"), (rule) => {
+  columns.forEach((column) => column.apply(rule));
+  byId("alpha").disabled = !panel.suppression;
+});
 let columns = [];
 let model = null;
 let running = null; // AbortController of the turn that is being answered
@@ -26,7 +27,6 @@ async function connect() {
     const [models, probes] = await Promise.all([api.models(), api.probes()]);
     model = models[0].id;
     panel.probes = probes;
-    byId("alpha").disabled = panel.name === null;
     byId("score-send").disabled = panel.name === null;
     byId("send").disabled = false;
     byId("key").hidden = true;
@@ -49,7 +49,7 @@ function say(text, state) {
 function ask() {
   const prompt = byId("prompt").value;
   if (!prompt.trim() || model === null) return;
-  const alpha = panel.name === null ? 1 : byId("alpha").valueAsNumber;
+  const alpha = panel.suppression ? byId("alpha").valueAsNumber : 1;
   const alphas = alpha === 1 ? [1] : [1, alpha];
   const title = (value) =>
     alphas.length === 1

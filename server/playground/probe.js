@@ -31,6 +31,11 @@ export class ProbePanel {
     return this.#probe?.name ?? null;
   }
 
+  /** Requests may scale its neurons. */
+  get suppression() {
+    return this.#probe?.suppression ?? false;
+  }
+
   /** The chosen operating point of tokens and of responses; null without a probe. */
   get rule() {
     if (!this.#probe) return null;

@@ -376,6 +376,7 @@ async def test_models_and_probes_are_listed(wire):
     (probe,) = listed["data"]
     assert probe["default"] is True
     assert (probe["neurons"], probe["h_neurons"], probe["layers"]) == (4, 3, 4)
+    assert probe["suppression"] is True
     points = probe["thresholds"]["token"]["operating_points"]
     assert [point["name"] for point in points] == ["fpr_1", "fpr_5", "fpr_10"]
 

@@ -44,6 +44,7 @@ class Reader:
         self._news: asyncio.Future[None] | None = None  # awaited
         self._order = order
         self._written = 0
+        self._is_told = False  # the log knows that readings are missing
         if plan is not None and order is not None:
             self._heads = plan.head_slice(order.probe)
             self._width = 1 + plan.heads + order.width
@@ -62,9 +63,10 @@ class Reader:
         if self._order is not None and self._order.whole_prompt:
             self.unpacked.append(numbers)
         elif self._order is not None:
-            self.readings.extend(self._unpack(numbers))
-            if not len(numbers):
-                self.readings.extend(self._missing(len(output.new_token_ids)))
+            if len(numbers) == len(output.new_token_ids) * self._width:
+                self.readings.extend(self._unpack(numbers))
+            else:
+                self.readings.extend(self._missing(len(output.new_token_ids), len(numbers)))
         self._written += len(output.new_token_ids)
         self._outputs.append(output)
         self.has_begun = True
@@ -89,11 +91,16 @@ class Reader:
         for start in range(0, len(flat), self._width):
             yield self._reading(flat[start : start + self._width])
 
-    def _missing(self, count: int) -> Iterator[Reading]:
-        """A step that wrote and was not read: the meter has failed, and that is not what happens to
-        an end token, which nobody reads."""
-        if count:
-            log.error("a step came home without its readings; its tokens are not scored")
+    def _missing(self, count: int, found: int) -> Iterator[Reading]:
+        """A step that wrote and was not read as often: the meter has failed, and that is not what
+        happens to an end token, which nobody reads."""
+        if not self._is_told:
+            self._is_told = True
+            log.error(
+                "a step wrote %d tokens and came home with %d numbers of readings; tokens of this "
+                "request are not scored",
+                *(count, found),
+            )
         start = self.prompt_tokens - 1 + self._written
         heads = self._heads.stop - self._heads.start
         for position in range(start, start + count):

@@ -48,6 +48,7 @@ class ScriptedServer:
         self.gate = threading.Lock()
         self.url = ""
         self.served = ["served-name"]
+        self.owner: dict[str, str] = {}
 
     def answer(self, body: dict[str, Any]) -> Reply:
         prompt = body["messages"][0]["content"]
@@ -74,7 +75,7 @@ def scripted() -> Iterator[ScriptedServer]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            self._send(200, {}, {"data": [{"id": name} for name in script.served]})
+            self._send(200, {}, {"data": [{"id": n} | script.owner for n in script.served]})
 
         def do_POST(self) -> None:
             with script.gate:
@@ -164,6 +165,9 @@ async def test_of_several_models_the_one_of_that_name_is_asked_or_none(
     scripted.served = ["other", "another"]
     with pytest.raises(ChatError, match="serves other, another, but no model called 'm'"):
         await _collect(scripted, tmp_path / "b.jsonl", _questions(1))
+    scripted.owner = {"owned_by": "hneurons"}  # names of one model
+    assert await _collect(scripted, tmp_path / "b.jsonl", _questions(1)) == 1
+    assert scripted.bodies[-1]["model"] == "other"
 
 
 async def test_a_second_run_asks_only_what_is_missing(
@@ -358,8 +362,8 @@ def test_a_proxy_stands_before_the_server_that_is_named_and_not_before_our_own(
 
     def ask(base_url: str | None) -> None:
         ask_all(
-            "m", tmp_path, _questions(2), Sampling(), base_url=base_url, revision=None,
-            in_flight=2, model_dtype="auto", api_key=None,
+            "m", tmp_path, _questions(2), Sampling(), base_url=base_url, served_model=None,
+            revision=None, in_flight=2, model_dtype="auto", api_key=None,
         )  # fmt: skip
 
     with pytest.raises(ChatError, match="no OpenAI-compatible server"):

@@ -128,7 +128,9 @@ def test_a_neuron_that_tells_in_one_relation_alone_is_not_stable() -> None:
     assert 0.2 < found_again(examples, (0, 1, 2), 5, settings)[2] < 0.8
 
 
-def test_halves_of_one_class_are_drawn_again_and_too_many_are_an_error() -> None:
+def test_halves_of_one_class_are_drawn_again_and_too_many_tell_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     random = np.random.default_rng(0)
     x, positive = random.standard_normal((80, 20)).astype(np.float16), np.arange(80) % 2 == 0
     x[:, 0] += 3 * positive
@@ -138,8 +140,8 @@ def test_halves_of_one_class_are_drawn_again_and_too_many_are_an_error() -> None
         {"token": Examples(x, positive, np.ones(80, dtype=np.int64), unit)}
         for unit in (np.where(positive, "a", "b"), np.array(list("aabbccdd") * 10))
     )
-    with pytest.raises(RecordError, match="only 0 of 16 halves of the 2 relations"):
-        found_again(one, (0,), 5, settings)
+    assert found_again(one, (0,), 5, settings) == ()
+    assert "only 0 of 16 halves of the 2 relations" in caplog.text
     assert found_again(two, (0,), 5, settings) == (1.0,)
 
 

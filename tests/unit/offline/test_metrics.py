@@ -102,7 +102,7 @@ def test_a_calibration_with_more_freedom_must_earn_it() -> None:
     logits = random.normal(size=900)
     relation = np.arange(900) % 30
     wrong = random.random(900) < 1 / (1 + np.exp(-(logits + random.normal(size=30)[relation])))
-    fitted, scores = choose_calibration(logits, wrong, relation.astype(str).tolist(), seed=0)
+    fitted, scores, _ = choose_calibration(logits, wrong, relation.astype(str).tolist(), seed=0)
     assert min(scores, key=lambda name: scores[name]) == "isotonic"
     assert fitted == temperature(logits, wrong)
 
@@ -113,11 +113,11 @@ def test_the_calibration_that_fits_unseen_units_best_is_taken() -> None:
     logits = random.normal(size=6000)
     units = [str(i % 60) for i in range(6000)]
     step = random.random(6000) < np.where(logits > 1, 0.95, 0.3)
-    fitted, scores = choose_calibration(logits, step, units, seed=0)
+    fitted, scores, _ = choose_calibration(logits, step, units, seed=0)
     assert min(scores, key=lambda name: scores[name]) == "isotonic"
     assert fitted == isotonic(logits, step)
     shifted = random.random(6000) < 1 / (1 + np.exp(-(2 * logits - 3)))
-    fitted, scores = choose_calibration(logits, shifted, units, seed=0)
+    fitted, scores, _ = choose_calibration(logits, shifted, units, seed=0)
     assert scores["platt"] < scores["temperature"]
     assert np.isfinite(list(scores.values())).all()
 
@@ -127,7 +127,7 @@ def test_a_method_that_the_logits_rule_out_is_not_taken() -> None:
     random = np.random.default_rng(0)
     logits = random.normal(size=2000) + 5
     rare = random.random(2000) < 1 / (1 + np.exp(-(logits - 8)))
-    fitted, scores = choose_calibration(logits, rare, [str(i % 50) for i in range(2000)], seed=0)
+    fitted, scores, _ = choose_calibration(logits, rare, [str(i % 50) for i in range(2000)], seed=0)
     assert set(scores) == {"platt", "isotonic"}  # a file of JSON could not hold an infinite score
     assert calibrate(fitted, logits).mean() == pytest.approx(rare.mean(), abs=0.01)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from offline.behaviour import Item, Message
+from offline.metrics import Figure
 from offline.perplexity import Surprise
 from offline.records import Appender, Header, RecordError, SweepAnswer
 from offline.sweep_answers import (
@@ -25,7 +26,7 @@ from offline.sweep_figures import (
     RANDOM,
     Slope,
     Table,
-    _against_random_sets,
+    _as_wide_as_random_sets,
     nats_per_token,
     perplexities,
     summarise,
@@ -126,13 +127,24 @@ def test_random_sets_that_do_the_same_leave_no_difference() -> None:
     assert DIFFERENCE not in {slope.neurons for slope in slopes}  # one set has no spread
 
 
+def test_one_item_of_many_is_no_effect_though_random_sets_agree() -> None:
+    """Sets that change nothing have no spread among themselves: a refusal more would be certain."""
+    flat, one = np.zeros((100, 3)), np.zeros((100, 3))
+    one[0] = [0.0, 0.0, 1.0]
+    values = {PROBED: one, **{f"random-{i}": flat for i in range(3)}}
+    _, slopes = summarise(Table("set", "refused", values), ALPHAS)
+    (found,) = (slope for slope in slopes if slope.neurons == DIFFERENCE)
+    assert found.low <= 0 < found.value < found.high
+
+
 def test_the_interval_of_a_difference_holds_what_another_random_set_does() -> None:
     """400 draws of four sets: a probe that is no more than a fifth lies outside 5 % of times."""
     random = np.random.default_rng(0)
     outside = 0
     for _ in range(400):
         probe, *sets = random.normal(0, 0.1, 5)
-        slope = _against_random_sets(np.full(9, probe), sets)
+        exact = Figure(value=(gap := probe - np.mean(sets)), low=gap, high=gap, n=9)
+        slope = _as_wide_as_random_sets(exact, sets)
         outside += not slope.low <= 0 <= slope.high
     assert 0.02 <= outside / 400 <= 0.08
 

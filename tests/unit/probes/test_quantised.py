@@ -59,4 +59,5 @@ def test_what_is_not_proven_is_refused_with_its_reason(
 
 def test_a_multimodal_model_says_it_of_its_text() -> None:
     assert quantisation({"text_config": {"quantization_config": packed()}}) == packed()
+    assert quantisation({"compression_config": packed()}) == packed()
     assert quantisation({"model_type": "llama"}) == {}

@@ -157,6 +157,20 @@ async def test_an_engine_that_decodes_otherwise_than_it_reads_does_not_start(
         await check_probes(engine, [probe], suppression=True)
 
 
+async def test_an_engine_that_loses_the_hidden_step_does_not_start() -> None:
+    """Prevents: a traceback in the place of a refusal, and a reload that is never undone."""
+
+    class Loses(FakeEngine):
+        async def generate(self, request: GenerationRequest) -> AsyncGenerator[Step, None]:
+            async for step in super().generate(request):
+                if step.token_id is not None:
+                    yield step
+
+    engine = Loses(probes=[fake_probe()])
+    with pytest.raises(KnownAnswerError, match="loses or misplaces"):
+        await check_probes(engine, engine.probes, suppression=True)
+
+
 async def test_a_dead_engine_passes_no_test() -> None:
     """Prevents: readiness when the engine could not answer."""
 
