@@ -18,6 +18,7 @@ from offline import baselines, metrics
 from offline.baselines import RANDOM, RANDOM_DRAWS, random_neurons, token_detectors
 from offline.best_of import best_of_rows
 from offline.dataset import Dataset, join
+from offline.domains import NEVER_TRAINED_ON
 from offline.evaluate import Evaluation, evaluate
 from offline.examples import Examples, answer_examples, claim_examples, token_examples
 from offline.features import load_features
@@ -31,9 +32,10 @@ from offline.mixtures import pooled
 from offline.publish import publish
 from offline.records import Answer, Label, RecordError
 from offline.report import make_report
+from offline.response_rows import _worst_spans
 from offline.shards import SHARD_KEY, WHOLE, FeaturesHeader, Kind, ShardInfo
 from offline.splits import folds
-from probes.calibration import calibrate
+from probes.calibration import Platt, calibrate
 from probes.card import ModelIdentity
 from probes.cett import FORMULA_VERSION
 
@@ -334,9 +336,64 @@ def test_the_evaluation_has_every_baseline_on_the_same_items_with_intervals(
     assert {row.metric for row in table.rows} >= {
         "auprc", "ece", "brier", "recall_at_5_fpr", "accuracy_at_coverage_0.5",
     }  # fmt: skip
+    gained = {row.detector: row for row in table.rows if row.metric == "auroc_gained"}
+    assert {"length", "-logprob_sum", "residual layer 2, dense"} <= set(gained)
+    assert not {"probe", RANDOM} & set(gained)
+    assert gained["length"].value == pytest.approx(probe.value - answers["length"].value)
+    risks = {
+        (row.dataset, row.metric)
+        for row in table.rows
+        if row.dataset.endswith("responses, unseen relations and questions, as asked")
+        or row.dataset == "response risk, unseen relations and questions, as asked"
+    }
+    assert (
+        "response risk, unseen relations and questions, as asked",
+        "accuracy_at_fpr_10",
+    ) in risks
+    assert (
+        "right responses, unseen relations and questions, as asked",
+        "flagged_at_fpr_1",
+    ) in risks
+    poolings = {row.detector for row in table.rows if row.dataset == "pooling, short answers"}
+    assert {"token head, mean 1", "token head, worst flagged span"} <= poolings
     tokens = {row.detector for row in table.rows if row.dataset.startswith("tokens, wrong claims")}
     assert tokens >= {"probe", "probe, mean of 3 neighbours", "-logprob", RANDOM}
     assert {found.level for found in table.reliability} == {"token", "span", "response"}
+
+
+def test_an_answer_without_a_flagged_span_ranks_below_all_others(data: Dataset) -> None:
+    """And of several spans the worst one counts, by the mean of the head that is asked."""
+    result = fit(data, msgspec.structs.replace(SETTINGS, heads=QUICK))
+    threshold = next(p.threshold for p in result.token_points if p.name == "fpr_1")
+    steep = Platt(slope=1.0, intercept=float(np.log(threshold / (1 - threshold))))  # flags at >= 0
+    result = msgspec.structs.replace(result, token=steep)
+    logits = np.full((len(data.part), 2), -1.0)
+    one, two = data.rows_of(1), data.rows_of(2)  # and none of answer 0
+    logits[one[1:3]] = [[0.5, 3.0], [1.5, 5.0]]
+    logits[two[[0, 3]]] = [[2.0, 1.0], [0.1, 6.0]]
+    ranks = [_worst_spans(data, result, logits, head, np.arange(3)) for head in (0, 1)]
+    assert ranks[0].tolist() == [0.0, 1.0, 2.0]
+    assert ranks[1].tolist() == [3.0, 4.0, 6.0]
+
+
+def test_domains_that_nothing_was_fitted_on_have_rows_of_tokens_and_responses(
+    tmp_path: Path, make_answer: MakeAnswer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thresholds and risks unchanged: what these are worth elsewhere was nowhere to be seen."""
+    monkeypatch.setattr(metrics, "RESAMPLES", 2)
+    monkeypatch.setattr("offline.domains.MIN_CLASS", 1)
+    data = _dataset(tmp_path, make_answer)
+    home = data.part.copy().astype("U8")
+    moved = [i for i, answer in enumerate(data.answers) if answer.gold and i % 3 == 0]
+    for i in moved:
+        home[data.rows_of(i)] = "transfer"
+    data = dataclasses.replace(data, part=home)
+    table = evaluate(data, fit(data, msgspec.structs.replace(SETTINGS, heads=QUICK)))
+    datasets = {row.dataset for row in table.rows}
+    for start in ("token risk, ", "tokens of wrong claims, ", "tokens, wrong claims against all"):
+        assert any(d.startswith(start) and NEVER_TRAINED_ON in d for d in datasets), start
+    for start in ("response risk, ", "right responses, ", "wrong responses, "):
+        assert any(d.startswith(start) and NEVER_TRAINED_ON in d for d in datasets), start
 
 
 def test_a_data_set_that_lacks_a_class_has_no_rows_and_the_log_says_so(

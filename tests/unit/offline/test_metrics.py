@@ -160,3 +160,26 @@ def test_a_probe_that_ranks_upside_down_is_refused() -> None:
 def test_one_class_is_refused() -> None:
     with pytest.raises(RecordError, match="both classes"):
         platt(np.arange(3.0), np.ones(3, dtype=bool))
+
+
+def test_what_is_gained_over_a_rival_is_the_difference_of_the_same_resamples() -> None:
+    """Two detectors of overlapping intervals may differ for certain, as a copy that is a little
+    worse everywhere does; and nothing is gained over oneself."""
+    random = np.random.default_rng(0)
+    units = np.repeat(np.arange(20), 100).astype(str)
+    wrong = random.random(2000) < 0.5
+    hard = np.repeat(random.normal(0, 1, 20), 100)  # relations differ, for both alike
+    score = wrong * 1.0 + hard + random.normal(0, 1, 2000)
+    worse = score + random.normal(0, 0.7, 2000)
+    found = metrics.auroc_gained(wrong, score, {"itself": score, "copy": worse}, units)
+    assert (found["itself"].value, found["itself"].low, found["itself"].high) == (0, 0, 0)
+    own, other = (metrics.with_interval(metrics.auroc, wrong, s, units) for s in (score, worse))
+    assert found["copy"].value == pytest.approx(own.value - other.value)
+    assert own.low < other.high, "the intervals do not overlap: nothing is shown"
+    assert 0 < found["copy"].low < found["copy"].value < found["copy"].high
+
+
+def test_accuracy_at_a_threshold_counts_both_kinds_of_mistakes() -> None:
+    wrong, risk = np.array([True, True, False, False, False]), np.array([0.9, 0.2, 0.1, 0.5, 0.4])
+    found = metrics.with_interval(metrics.accuracy_at(0.5), wrong, risk, list("abcde"))
+    assert found.value == pytest.approx(3 / 5)
