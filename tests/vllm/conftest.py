@@ -68,6 +68,7 @@ def start_engine() -> StartEngine:
         from server.engines.vllm.loader import load_vllm_engine
 
         words = options.pop("vllm_args", "")
+        options.setdefault("suppression", True)  # test_metered.py: without
         context = multiprocessing.get_context("fork")
         with open_up(), pytest.MonkeyPatch.context() as patch:
             for module in ("vllm.v1.engine.utils", "vllm.v1.executor.multiproc_executor"):

@@ -92,13 +92,14 @@ def load_vllm_engine(
     max_num_seqs: int = 16,
     max_waiting_requests: int = 64,
     max_waiting_tokens: int = 65_536,
-    suppression: bool = True,
+    suppression: bool = False,
     reasoning_parser: str | None = None,
     tool_call_parser: str | None = None,
     vllm_args: str = "",
 ) -> VllmEngine:
     """Load, check, compile and start the engine's processes. Blocks for a minute or more.
 
+    suppression       the graph can scale neurons; every token pays for it
     reasoning_parser, tool_call_parser
                       vLLM's names of them; grammars begin to hold where the reasoning ends
     vllm_args         any of vLLM's engine arguments but OWN_OPTIONS, as on its command line
