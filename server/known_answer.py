@@ -79,7 +79,9 @@ async def _check_decoding(engine: Engine, probe: Probe, alpha: float) -> None:
 def _compare(
     probe: Probe, decoded: Sequence[Reading | None], given: Sequence[Reading], alpha: float
 ) -> None:
-    limit = 2 * LIMITS[probe.card.model.dtype]  # both sides compute, neither is recorded
+    # Both sides compute, neither is recorded. Measured on the demo model in bfloat16, 800 positions
+    # at alpha 1 and .5: .0145 at the worst on transformers, .0066 on vLLM.
+    limit = 2 * LIMITS[probe.card.model.dtype]
     for found, wanted in zip_longest(decoded, given):
         if wanted is None:
             raise KnownAnswerError(
