@@ -163,7 +163,7 @@ async def _served_model(http: httpx.AsyncClient, like: str) -> str:
     if not names or (len(names) > 1 and not are_aliases):
         raise ChatError(
             f"{http.base_url} serves {', '.join(names) or 'nothing'}, but no model called "
-            f"{like!r}; say which is to be probed (--served-model)"
+            f"{like!r}; name the one that is meant (collect: --served-model)"
         )
     log.info("%s calls its model %r; it is taken for %r", http.base_url, names[0], like)
     return names[0]

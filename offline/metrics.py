@@ -8,7 +8,7 @@ Figures of one table are taken from the same resamples, each weighed once for al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple, TypeAlias
@@ -188,12 +188,9 @@ def with_intervals(
     _, unit = np.unique(np.asarray(units)[order], return_inverse=True)
     once = np.ones(len(score))
     rows = Weighed.of(positive[order], score[order].astype(np.float64), once)
-    random = np.random.default_rng(seed)
-    n_units = int(unit.max()) + 1
     drawn = np.empty((len(metrics), RESAMPLES))
-    for i in range(RESAMPLES):
-        counts = np.bincount(random.integers(n_units, size=n_units), minlength=n_units)
-        again = replace(rows, weight=counts[unit].astype(np.float64))
+    for i, weight in enumerate(_weights(unit, seed)):
+        again = replace(rows, weight=weight)
         drawn[:, i] = [metric(again) for metric in metrics.values()]
     return {
         name: Figure(metric(rows), *_middle(values), len(score))
@@ -212,12 +209,7 @@ def auroc_gained(
     """AUROC of `score` less that of each rival, with the interval of the difference: all are taken
     of the same draws of whole units."""
     _, unit = np.unique(np.asarray(units), return_inverse=True)
-    n_units = int(unit.max()) + 1
-    random = np.random.default_rng(seed)
-    weights = [np.ones(len(score))]
-    for _ in range(RESAMPLES):
-        counts = np.bincount(random.integers(n_units, size=n_units), minlength=n_units)
-        weights.append(counts[unit].astype(np.float64))
+    weights = [np.ones(len(score)), *_weights(unit, seed)]
 
     def areas(of: Floats) -> Floats:
         """[1 + resamples], of all rows first."""
@@ -230,6 +222,15 @@ def auroc_gained(
     return {
         name: Figure(float(gain[0]), *_middle(gain[1:]), len(score)) for name, gain in gains.items()
     }
+
+
+def _weights(unit: Ints, seed: int) -> Iterator[Floats]:
+    """RESAMPLES times: how often each row counts when whole units are drawn with replacement."""
+    random = np.random.default_rng(seed)
+    n_units = int(unit.max()) + 1
+    for _ in range(RESAMPLES):
+        counts = np.bincount(random.integers(n_units, size=n_units), minlength=n_units)
+        yield counts[unit].astype(np.float64)
 
 
 def _middle(drawn: Floats) -> tuple[float, float]:

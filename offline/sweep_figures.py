@@ -111,8 +111,9 @@ def make_figures(
         points += more_points
         slopes += more_slopes
     of_prose = nats_per_token(surprises, controls, alphas)
-    points += perplexities(of_prose, alphas)
-    slopes += summarise(of_prose, alphas)[1]
+    of_nats, more_slopes = summarise(of_prose, alphas)
+    points += perplexities(of_nats)
+    slopes += more_slopes
     return SweepFigures(
         probe=probe.id,
         model_id=header.model_id,
@@ -217,9 +218,9 @@ def nats_per_token(
     )
 
 
-def perplexities(table: Table, alphas: Sequence[float]) -> Iterator[Point]:
+def perplexities(of_nats: Sequence[Point]) -> Iterator[Point]:
     """exp of the mean nats per token."""
-    for point in summarise(table, alphas)[0]:
+    for point in of_nats:
         value, low, high = np.exp([point.value, point.low, point.high]).tolist()
         yield msgspec.structs.replace(point, measure="perplexity", value=value, low=low, high=high)
 

@@ -20,10 +20,11 @@ from probes.calibration import calibrate
 from probes.card import EvaluationRow
 
 SMOOTHED = 3  # neighbouring tokens
+AGAINST_PROSE = (Kind.WRONG, Kind.PROSE)
 OTHERS = {
     "tokens, wrong claims against all others": JUDGED,
     "tokens, wrong against right claims": (Kind.WRONG, Kind.RIGHT),
-    "tokens, wrong claims against ordinary long answers": (Kind.WRONG, Kind.PROSE),
+    "tokens, wrong claims against ordinary long answers": AGAINST_PROSE,
 }
 FLAGGED_KINDS = {
     Kind.PROSE: ORDINARY_TOKENS,
@@ -85,7 +86,9 @@ def _elsewhere(
     if not len(rows):
         return
     scores = {name: read(data.features, rows) for name, read in detectors.items()}
-    for dataset, kinds in list(OTHERS.items())[:2]:  # there is no prose
+    for dataset, kinds in OTHERS.items():
+        if kinds == AGAINST_PROSE:  # there is none
+            continue
         name = f"{dataset}, {NEVER_TRAINED_ON}"
         chosen = np.isin(kind[rows], kinds)
         wrong, units = kind[rows[chosen]] == Kind.WRONG, data.unit[rows[chosen]]

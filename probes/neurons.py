@@ -147,8 +147,8 @@ def _ffn(place: Place, *, hidden: int) -> FFN:
     if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.dtype not in _READABLE:
         kind = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else "none"
         raise ModelError(
-            f"{name} has no plain floating-point weight matrix (found {kind}); quantised models "
-            f"are not supported: load the model in float32, bfloat16 or float16"
+            f"{name} has no plain floating-point weight matrix (found {kind}); packed "
+            f"weights must be de-quantised: load the model in float32, bfloat16 or float16"
         )
     if weight.is_meta:
         raise ModelError(f"{name} is offloaded (meta device); load the whole model into memory")

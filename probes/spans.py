@@ -16,7 +16,7 @@ class Pooling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max         largest single token
     first, last that token
     mean        of all tokens; measures length on long answers (science: 3.7 to 16 times the truth
-                effect), here for comparison only
+                effect), so of responses for comparison only; of spans it may be the rule
     """
 
     kind: Literal["max_window", "max", "first", "last", "mean"]

@@ -90,8 +90,8 @@ class Token(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A run of flagged tokens of one field; its risk is made of its mean token logit, by a
-    calibration of its own: claims are longer runs than false alarms."""
+    """A run of flagged tokens of one field; its risk is made of its token logits by a rule of its
+    own: claims are longer runs than false alarms."""
 
     start: int
     end: int

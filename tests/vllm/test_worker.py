@@ -46,7 +46,11 @@ def hands_on(by_client: dict[int, Any]) -> Any:
 
 
 def scheduled(**drafts: list[int]) -> SimpleNamespace:
-    return SimpleNamespace(preempted_req_ids={"x"}, scheduled_spec_decode_tokens=drafts)
+    return SimpleNamespace(
+        preempted_req_ids={"x"},
+        scheduled_spec_decode_tokens=drafts,
+        num_invalid_spec_tokens={"a": 1},
+    )
 
 
 def test_a_step_that_puts_nothing_out_is_a_sign_of_life():
@@ -70,6 +74,6 @@ def test_what_only_the_scheduler_knows_is_told_now_and_then():
     assert told[-1].kv_cache_usage == 0.25
     assert told[-1].kv_connector_stats == {
         "preempted": 2 * STATISTICS_EVERY,
-        "drafted": 6 * STATISTICS_EVERY,
+        "drafted": 4 * STATISTICS_EVERY,
         "accepted": 2 * STATISTICS_EVERY,
     }

@@ -42,6 +42,7 @@ def check_version() -> str:
 
 def check_signatures() -> None:
     """ModelError naming the first place of vLLM that is not as this engine expects it."""
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine import EngineCoreOutput
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -51,7 +52,7 @@ def check_signatures() -> None:
         RequestOutputCollector,
         RequestState,
     )
-    from vllm.v1.metrics.stats import PrefillStats
+    from vllm.v1.metrics.stats import PrefillStats, SchedulerStats
     from vllm.v1.outputs import LogprobsLists
     from vllm.v1.sample import rejection_sampler
     from vllm.v1.worker import gpu_model_runner
@@ -115,13 +116,15 @@ def check_signatures() -> None:
         ),
         (LogprobsLists, ("logprob_token_ids", "logprobs")),
         (PrefillStats, ("num_cached_tokens",)),
+        (SchedulerStats, ("kv_cache_usage", "kv_connector_stats")),
+        (SchedulerOutput, ("preempted_req_ids", "num_invalid_spec_tokens")),
     )
     for struct, names in fields:
         if missing := [name for name in names if name not in struct.__annotations__]:
             raise ModelError(f"vLLM's {struct.__name__} has no field {missing[0]}")
     attributes: Sequence[tuple[type, tuple[str, ...]]] = (
         (AsyncLLM, ("output_handler", "output_processor", "engine_core")),
-        (Scheduler, ("requests",)),
+        (Scheduler, ("requests", "kv_cache_manager")),
         (GPUModelRunner, ("positions", "input_batch", "discard_request_mask")),
     )
     for owner, names in attributes:

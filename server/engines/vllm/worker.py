@@ -187,7 +187,8 @@ class _HandsOn:
         drafts = scheduler_output.scheduled_spec_decode_tokens
         for output in (o for outputs in by_client.values() for o in outputs.outputs):
             if drafted := drafts.get(output.request_id):
-                self._totals["drafted"] += len(drafted)
+                refused = scheduler_output.num_invalid_spec_tokens or {}  # by a grammar
+                self._totals["drafted"] += len(drafted) - refused.get(output.request_id, 0)
                 self._totals["accepted"] += max(0, len(output.new_token_ids) - 1)
 
     def _keep_chunks(self, segments: dict[str, Any], by_client: dict[int, Any]) -> None:

@@ -203,7 +203,8 @@ def test_perplexity_is_the_exponential_of_the_mean_surprise() -> None:
         for neurons in NAMES
         for alpha in ALPHAS
     ]
-    found = list(perplexities(nats_per_token(surprises, ["random-1"], ALPHAS), ALPHAS))
+    table = nats_per_token(surprises, ["random-1"], ALPHAS)
+    found = list(perplexities(summarise(table, ALPHAS)[0]))
     at = {(p.neurons, p.alpha): p.value for p in found}
     assert at[PROBED, 0.0] == pytest.approx(np.exp(1.5))
     assert at[RANDOM, 2.0] == pytest.approx(np.exp(3.5))
