@@ -49,8 +49,8 @@ def processes_of(server: RunningServer) -> list[psutil.Process]:
     return psutil.Process(server.process.pid).children(recursive=True)
 
 
-def assert_none_left(processes: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=10)
+def assert_none_left(processes: list[psutil.Process], *, seconds: float = 10) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
     for process in alive:
         process.kill()
     assert not alive
@@ -102,7 +102,8 @@ def test_a_server_that_is_killed_while_it_starts_leaves_no_process_behind(demo_m
     time.sleep(5)  # it reads the model now; ready it would be after ten more seconds
     processes = server.children(recursive=True)
     server.kill()
-    assert_none_left(processes)
+    # A process that still imports vLLM, half a minute on a busy machine, sees it when that is done.
+    assert_none_left(processes, seconds=90)
     server.stderr.close()
     server.wait()
 
