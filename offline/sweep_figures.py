@@ -193,8 +193,8 @@ def _as_wide_as_random_sets(difference: Figure, sets: Sequence[float]) -> Figure
     sets can say.
     """
     count = len(sets)
-    spread = float(np.std(sets, ddof=1)) * np.sqrt(1 + 1 / count)
-    reach = float(stats.t.ppf(0.975, count - 1)) * spread
+    spread = np.std(sets, ddof=1) * np.sqrt(1 + 1 / count)
+    reach = float(stats.t.ppf(0.975, count - 1) * spread)
     return difference._replace(
         low=min(difference.low, difference.value - reach),
         high=max(difference.high, difference.value + reach),

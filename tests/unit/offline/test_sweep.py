@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -135,6 +136,7 @@ def test_one_item_of_many_is_no_effect_though_random_sets_agree() -> None:
     _, slopes = summarise(Table("set", "refused", values), ALPHAS)
     (found,) = (slope for slope in slopes if slope.neurons == DIFFERENCE)
     assert found.low <= 0 < found.value < found.high
+    assert msgspec.json.decode(msgspec.json.encode(found), type=Slope) == found  # no numpy in it
 
 
 def test_the_interval_of_a_difference_holds_what_another_random_set_does() -> None:
