@@ -10,7 +10,6 @@ docs/decisions/two-heads.md.
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -21,12 +20,13 @@ from offline.examples import Examples, answer_examples, claim_examples, token_ex
 from offline.features import IntArray
 from offline.fit_result import ANSWER, TOKEN, FitResult, FitSettings, Trial
 from offline.flagged_spans import SPAN_POOLINGS, runs, span_mixture
-from offline.heads import Weights, find_columns, join, train, train_as_the_paper
+from offline.heads import Weights, join, train, train_as_the_paper
 from offline.metrics import Bools, Floats, has_both, rank
 from offline.mixtures import JUDGED, POOLINGS, claim_means, mixture, pooled, response_mixture
 from offline.records import RecordError
 from offline.shards import Kind
 from offline.splits import folds
+from offline.stability import found_again
 from probes.calibration import (
     Calibration,
     OperatingPoint,
@@ -90,45 +90,6 @@ def train_design(
         return train(examples, kept, budgets, settings.heads)
     one = train_as_the_paper(examples[TOKEN], kept[TOKEN], TOKEN, c=settings.c)
     return [[one] * len(settings.heads.penalties)] * len(budgets)
-
-
-def found_again(
-    examples: dict[str, Examples], columns: Sequence[int], budget: int, settings: FitSettings
-) -> tuple[float, ...]:
-    """Stability selection (Meinshausen and Buehlmann 2010): of each of `columns`, the share of fits
-    on a random half of the relations and questions in which it was found, too. Near 1 a neuron is
-    there whatever half is seen, near 0 another half names others.
-
-    Nothing without resamples, or when hardly a half holds right and wrong answers.
-    """
-    names = np.unique(np.concatenate([one.unit for one in examples.values()]))
-    random = np.random.default_rng(settings.seed)
-    count: Counter[int] = Counter()
-    done = 0
-    for _ in range(2 * settings.resamples):
-        half = random.permutation(names)[: len(names) // 2]
-        kept = {head: np.isin(one.unit, half) for head, one in examples.items()}
-        if all(has_both(one.positive[kept[head]]) for head, one in examples.items()):
-            count.update(_columns_of(examples, kept, budget, settings))
-            done += 1
-        if done == settings.resamples:
-            return tuple(count[column] / done for column in columns)
-    if settings.resamples:
-        log.warning(
-            "how stable the neurons are is not known: only %d of %d halves of the %d relations and "
-            "questions hold right and wrong answers",
-            *(done, 2 * settings.resamples, len(names)),
-        )
-    return ()
-
-
-def _columns_of(
-    examples: dict[str, Examples], kept: dict[str, Bools], budget: int, settings: FitSettings
-) -> tuple[int, ...]:
-    if settings.design == "tokens":
-        (columns,) = find_columns(examples, kept, [budget], settings.heads)
-        return tuple(columns.tolist())
-    return train_as_the_paper(examples[TOKEN], kept[TOKEN], TOKEN, c=settings.c).columns
 
 
 def choose(trials: Sequence[Trial]) -> int:

@@ -22,7 +22,7 @@ from offline.domains import NEVER_TRAINED_ON
 from offline.evaluate import Evaluation, evaluate
 from offline.examples import Examples, answer_examples, claim_examples, token_examples
 from offline.features import load_features
-from offline.fit import _fold_of_units, choose, fit, found_again, make_examples, train_design
+from offline.fit import _fold_of_units, choose, fit, make_examples, train_design
 from offline.fit_result import FitResult, FitSettings, Trial
 from offline.given_rows import Given, given_rows
 from offline.given_text import Fact, GivenText
@@ -35,6 +35,7 @@ from offline.report import make_report
 from offline.response_rows import _worst_spans
 from offline.shards import SHARD_KEY, WHOLE, FeaturesHeader, Kind, ShardInfo
 from offline.splits import folds
+from offline.stability import found_again
 from probes.calibration import Platt, calibrate
 from probes.card import ModelIdentity
 from probes.cett import FORMULA_VERSION
