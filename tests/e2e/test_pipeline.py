@@ -266,14 +266,15 @@ def test_a_sweep_is_served_with_its_controls_and_goes_on_where_it_was(
     tempts = tmp_path / "tempts.jsonl"
     tempts.write_text("".join(json.dumps({"id": f"i{n}", **item}) + "\n" for n in range(3)))
     arguments = ["sweep", str(tiny_model), "--probe", str(run / "probe"), "--out", str(tmp_path)]
-    arguments += ["--behaviour", str(tempts), "--controls", "1", "--max-tokens", "8"]
+    arguments += ["--behaviour", str(tempts), "--controls", "2", "--max-tokens", "8"]
     result = CliRunner().invoke(app, [*arguments, "--alpha", "0", "--alpha", "3"])
     assert result.exit_code == 0, (result.output, result.exception)
     probe, control = Probe.load(run / "probe"), Probe.load(tmp_path / "sweep" / "random-1")
     assert bool(control.suppress.all())
     assert len(control.layer) == int(probe.suppress.sum())
     figures = SweepFigures.load(tmp_path / "sweep.json")
-    assert (figures.probe, figures.controls) == (probe.id, ("random-1",))
+    assert (figures.probe, figures.controls) == (probe.id, ("random-1", "random-2"))
+    assert "probe - random" in {slope.neurons for slope in figures.slopes}
     at = {(p.measure, p.neurons, p.alpha): p.value for p in figures.points}
     assert at["changed", "probe", 1.0] == 0
     assert at["perplexity", "probe", 1.0] == at["perplexity", "random-1", 1.0]
