@@ -19,21 +19,18 @@ from offline.dataset import Dataset
 from offline.examples import Examples, answer_examples, claim_examples, token_examples
 from offline.features import IntArray
 from offline.fit_result import ANSWER, TOKEN, FitResult, FitSettings, Trial
-from offline.flagged_spans import SPAN_POOLINGS, runs, span_mixture
+from offline.flagged_spans import span_rule
 from offline.heads import Weights, join, train, train_as_the_paper
-from offline.metrics import Bools, Floats, has_both, rank
+from offline.metrics import Bools, Floats, rank
 from offline.mixtures import JUDGED, POOLINGS, claim_means, mixture, pooled, response_mixture
 from offline.records import RecordError
 from offline.shards import Kind
 from offline.splits import folds
 from offline.stability import found_again
 from probes.calibration import (
-    Calibration,
-    OperatingPoint,
     calibrate,
     choose_operating_points,
 )
-from probes.card import SpanRule
 from probes.spans import Pooling
 
 log = logging.getLogger(__name__)
@@ -228,7 +225,7 @@ def _calibrated(
     )
     risk = calibrate(token, logits[rows, 0])
     token_points = choose_operating_points(risk[~wrong], risk[wrong])
-    span, span_scores = _calibrated_spans(data, settings, logits[:, 0], token, token_points)
+    span, span_scores = span_rule(data, logits[:, 0], token, token_points, seed=settings.seed)
     answers, wrong = response_mixture(data, "fit")
     scores = {p: pooled(data, logits[:, -1], answers, p) for p in POOLINGS}
     ranks = {p: rank(wrong, score) for p, score in scores.items()}
@@ -259,43 +256,6 @@ def _calibrated(
         response=response,
         response_points=choose_operating_points(risk[~wrong], risk[wrong]),
     )
-
-
-def _calibrated_spans(
-    data: Dataset,
-    settings: FitSettings,
-    logits: Floats,
-    token: Calibration,
-    points: Sequence[OperatingPoint],
-) -> tuple[SpanRule, dict[str, dict[str, float]]]:
-    """Of runs at every operating point, since a client may set another threshold than the default;
-    with the Brier scores of each pooling, of which the best one's is taken.
-
-    Where runs cannot tell, having no false alarms among them say, the tokens' calibration stands.
-    """
-    answers = span_mixture(data, "fit")
-    best: tuple[float, SpanRule] | None = None
-    scores: dict[str, dict[str, float]] = {}
-    reason = "no run is wrong, or all are"
-    for pooling in SPAN_POOLINGS:
-        found = runs(data, logits, answers, token, points, pooling)
-        if not has_both(found.wrong):
-            continue
-        try:
-            chosen = choose_calibration(
-                found.logit, found.wrong, found.unit.tolist(), seed=settings.seed
-            )
-        except RecordError as error:  # too few, in too few units
-            reason = str(error)
-            continue
-        scores[f"span, {pooling.kind}"] = chosen.scores
-        if best is None or chosen.score < best[0]:
-            rule = SpanRule(pooling=pooling, calibration=chosen.calibration)
-            best = chosen.score, rule
-    if best is None:
-        log.warning("spans keep the calibration of tokens: %s", reason)
-        return SpanRule(pooling=SPAN_POOLINGS[0], calibration=token), {}
-    return best[1], scores
 
 
 def _spread(logits: Floats, rows: IntArray, data: Dataset) -> Floats:

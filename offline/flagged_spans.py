@@ -7,6 +7,7 @@ that of tokens.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -14,16 +15,20 @@ from typing import NamedTuple
 import numpy as np
 
 from offline import metrics
+from offline.calibrate import choose_calibration
 from offline.dataset import Dataset, Names
 from offline.features import IntArray
 from offline.metrics import Bools, Floats
 from offline.mixtures import JUDGED
+from offline.records import RecordError
 from offline.shards import Kind
 from offline.splits import Part
 from offline.tables import CALIBRATION, table
 from probes.calibration import Calibration, OperatingPoint, calibrate
 from probes.card import EvaluationRow, SpanRule
 from probes.spans import Pooling, flagged_runs
+
+log = logging.getLogger(__name__)
 
 # The mean of a run falls with the threshold that delimits it, its largest logit hardly does.
 SPAN_POOLINGS = (Pooling("mean"), Pooling("max"))
@@ -83,6 +88,42 @@ def runs(
                     found.append((logit, wrong, str(data.unit[rows[0]])))
     pooled, hits, unit = zip(*found, strict=True) if found else ((), (), ())
     return Runs(np.array(pooled, np.float64), np.array(hits, np.bool_), np.array(unit, np.str_))
+
+
+def span_rule(
+    data: Dataset,
+    logits: Floats,
+    token: Calibration,
+    points: Sequence[OperatingPoint],
+    *,
+    seed: int,
+) -> tuple[SpanRule, dict[str, dict[str, float]]]:
+    """Of runs of the part `fit` at every operating point, since a client may set another threshold
+    than the default; with the Brier scores of each pooling, of which the best one's is taken.
+
+    Where runs cannot tell, having no false alarms among them say, the tokens' calibration stands.
+    """
+    answers = span_mixture(data, "fit")
+    best: tuple[float, SpanRule] | None = None
+    scores: dict[str, dict[str, float]] = {}
+    reason = "no run is wrong, or all are"
+    for pooling in SPAN_POOLINGS:
+        found = runs(data, logits, answers, token, points, pooling)
+        if not metrics.has_both(found.wrong):
+            continue
+        try:
+            chosen = choose_calibration(found.logit, found.wrong, found.unit.tolist(), seed=seed)
+        except RecordError as error:  # too few, in too few units
+            reason = str(error)
+            continue
+        scores[f"span, {pooling.kind}"] = chosen.scores
+        if best is None or chosen.score < best[0]:
+            rule = SpanRule(pooling=pooling, calibration=chosen.calibration)
+            best = chosen.score, rule
+    if best is None:
+        log.warning("spans keep the calibration of tokens: %s", reason)
+        return SpanRule(pooling=SPAN_POOLINGS[0], calibration=token), {}
+    return best[1], scores
 
 
 def span_rows(

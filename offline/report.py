@@ -15,9 +15,10 @@ from typing import Literal
 import msgspec
 import numpy as np
 
+from offline import beside_run
 from offline.answer_spans import decode, token_offsets
 from offline.caveats import not_good_for
-from offline.crossvalidate import FILE, CrossValidation
+from offline.crossvalidate import CrossValidation
 from offline.curves import Curve
 from offline.dataset import Dataset
 from offline.evaluate import Evaluation
@@ -43,7 +44,6 @@ from offline.sweep_figures import SweepFigures
 from offline.transfer import Transfer
 from probes.calibration import OperatingPoint, calibrate
 from probes.card import EvaluationRow, ModelIdentity, ReliabilityBin
-from probes.probe import Probe
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ def make_report(
     header, answers, _, labels = read_labelled(run)
     tokenizer.check(header, run / "answers.jsonl")
     facts = training_facts(run, result, data)
-    own = _published(run)
+    own = beside_run.published(run)
     return Report(
         model=result.features.model,
         position=result.features.position,
@@ -166,7 +166,7 @@ def make_report(
             for i, trial in enumerate(result.trials)
         ),
         rows=evaluation.rows,
-        crossvalidation=_crossvalidation(run, result.sha256),
+        crossvalidation=beside_run.crossvalidation(run, result.sha256),
         curves=evaluation.curves,
         reliability=evaluation.reliability,
         token_points=result.token_points,
@@ -175,44 +175,9 @@ def make_report(
         response_default=result.settings.response_default,
         examples=tuple(_examples(data, result, tokenizer)),
         not_good_for=not_good_for(facts["judge"], result.pooling),
-        sweep=_sweep(run / "sweep.json", own),
-        transfers=tuple(_transfers(run / "transfer", own)),
+        sweep=beside_run.sweep(run / "sweep.json", own),
+        transfers=tuple(beside_run.transfers(run / "transfer", own)),
     )
-
-
-def _published(run: Path) -> str:
-    """Id of the probe that `publish` made in this run; "" where it was told another place."""
-    return Probe.load(run / "probe").id if (run / "probe").exists() else ""
-
-
-def _sweep(path: Path, own: str) -> SweepFigures | None:
-    found = SweepFigures.load(path) if path.exists() else None
-    return found if found and _is_of(own, found.probe, path) else None
-
-
-def _transfers(folder: Path, own: str) -> Iterator[Transfer]:
-    for path in sorted(folder.glob("*/transfer.json")):
-        found = read_record(path, Transfer)
-        if _is_of(own, found.probe, path):
-            yield found
-
-
-def _is_of(own: str, probe: str, path: Path) -> bool:
-    if own in ("", probe):
-        return True
-    log.warning("%s is of %s and left out; this run's probe is %s", path, probe, own)
-    return False
-
-
-def _crossvalidation(run: Path, fit_sha256: str) -> CrossValidation | None:
-    """None, too, when it is of another fit: it need not be run for a report."""
-    if not (run / FILE).exists():
-        return None
-    found = CrossValidation.load(run / FILE)
-    if found.fit_sha256 != fit_sha256:
-        log.warning("%s is of another fit and left out; `crossvalidate` again", run / FILE)
-        return None
-    return found
 
 
 def _funnel(answers: list[Answer], labels: list[Label]) -> Iterator[Funnel]:

@@ -14,7 +14,7 @@ from offline.features import IntArray
 from offline.fit_result import FitResult
 from offline.metrics import Floats
 from offline.mixtures import POOLINGS, pooled, response_mixture
-from offline.tables import CALIBRATION, flagged, has_both, table
+from offline.tables import CALIBRATION, flagged, has_both, measured, table
 from probes.calibration import calibrate
 from probes.card import EvaluationRow
 from probes.spans import Pooling, flagged_runs
@@ -62,16 +62,9 @@ def gained(data: Dataset, place: Place, scores: Mapping[str, Floats]) -> Iterato
     wrong, units = data.hallucinated(place.answers), data.unit[data.first[place.answers]]
     rivals = {name: score for name, score in scores.items() if not name.startswith(NO_RIVALS)}
     found = metrics.auroc_gained(wrong, scores["probe"], rivals, units)
+    dataset = f"probe less rival, answers, {place.name}"
     for name, gain in found.items():
-        yield EvaluationRow(
-            dataset=f"probe less rival, answers, {place.name}",
-            detector=name,
-            metric="auroc_gained",
-            value=gain.value,
-            low=gain.low,
-            high=gain.high,
-            n=gain.n,
-        )
+        yield measured(dataset, name, "auroc_gained", gain)
 
 
 def pooling_rows(data: Dataset, result: FitResult, logits: Floats) -> Iterator[EvaluationRow]:

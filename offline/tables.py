@@ -90,15 +90,20 @@ def table(
     if not len(score):
         return
     for name, found in metrics.with_intervals(wanted, positive, score, units).items():
-        yield EvaluationRow(
-            dataset=dataset,
-            detector=detector,
-            metric=name,
-            value=found.value,
-            low=found.low,
-            high=found.high,
-            n=found.n,
-        )
+        yield measured(dataset, detector, name, found)
+
+
+def measured(dataset: str, detector: str, metric: str, found: metrics.Figure) -> EvaluationRow:
+    """A figure with its interval."""
+    return EvaluationRow(
+        dataset=dataset,
+        detector=detector,
+        metric=metric,
+        value=found.value,
+        low=found.low,
+        high=found.high,
+        n=found.n,
+    )
 
 
 def figure(dataset: str, detector: str, metric: str, value: float, n: int) -> EvaluationRow:

@@ -25,6 +25,7 @@ from offline.metrics import Bools, Floats
 from offline.models import LoadedModel
 from offline.records import Record, RecordError, write_atomic
 from offline.shards import Kind
+from offline.tables import measured
 from probes.card import EvaluationRow, ModelIdentity
 from probes.fingerprint import match
 from probes.neurons import FFN, find_ffns
@@ -215,12 +216,4 @@ def _auroc(
         raise RecordError(f"{dataset}: the run's test part holds one class only")
     figure = metrics.with_interval(metrics.auroc, positive, score, units)
     log.info("%-44s %-12s AUROC %.3f [%.3f, %.3f]", dataset, detector, *figure[:3])
-    return EvaluationRow(
-        dataset=dataset,
-        detector=detector,
-        metric="auroc",
-        value=figure.value,
-        low=figure.low,
-        high=figure.high,
-        n=figure.n,
-    )
+    return measured(dataset, detector, "auroc", figure)

@@ -33,10 +33,11 @@ class Family:
     transposed: bool = False
 
 
-def families(hidden: int, *, head_dim: int) -> dict[str, Family]:
-    """Tiny models of four heads; `head_dim` is that of the families which set it apart."""
+def families(hidden: int, *, head_dim: int, neurons: int = 48) -> dict[str, Family]:
+    """Tiny models of four heads; `head_dim` is that of the families which set it apart, `neurons`
+    the width of the feed-forward layers of those with a gate."""
     old = {**IDS, "hidden_size": hidden, "num_hidden_layers": 2, "num_attention_heads": 4}
-    new = {**old, "intermediate_size": 48, "max_position_embeddings": 512}
+    new = {**old, "intermediate_size": neurons, "max_position_embeddings": 512}
     groups = {**new, "num_key_value_heads": 2}
     window = {"sliding_window": 16, "query_pre_attn_scalar": head_dim, "head_dim": head_dim}
     return {

@@ -6,10 +6,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
-import transformers as hf
 
 from probes.random_probe import random_probe
-from tests.contract.oracle import LIMIT, VOCAB, Family, make_folder, random_prompts, reference_of
+from tests.contract.oracle import LIMIT, families, make_folder, random_prompts, reference_of
 from tests.quantised import quantise
 from tests.vllm.served import Served, mixed_requests
 
@@ -17,19 +16,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 TEXT = random_prompts()[2] * 3
 # vLLM's kernels for packed weights on CPUs take widths that are multiples of 32.
-FAMILY = Family(
-    lambda: hf.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=128,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        eos_token_id=2,
-    ),
-    "model.layers.{}.mlp.down_proj",
-)
+FAMILY = families(128, head_dim=32, neurons=96)["llama"]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 
 from offline.dataset import Dataset
-from offline.fit import _calibrated_spans
-from offline.flagged_spans import runs, span_mixture, span_rows
+from offline.flagged_spans import runs, span_mixture, span_rows, span_rule
 from offline.metrics import Floats
 from offline.shards import Kind
 from probes.calibration import OperatingPoint, Platt, calibrate
 from probes.card import SpanRule
 from probes.spans import Pooling
 from tests.unit.offline.conftest import MakeAnswer
-from tests.unit.offline.test_fit import SETTINGS, _dataset
+from tests.unit.offline.test_fit import _dataset
 
 MEAN = Pooling("mean")
 RULE = Platt(slope=1.0, intercept=0.0)
@@ -98,7 +97,7 @@ def test_runs_get_the_risk_that_they_have_and_not_that_of_their_tokens(data: Dat
     prose = np.flatnonzero(data.features.kind == Kind.PROSE)[::10]
     for rows in (claims, prose):
         logits[rows] = random.normal(2.0, 0.3, len(rows)).clip(0.5)
-    span, scores = _calibrated_spans(data, SETTINGS, logits, RULE, [POINT])
+    span, scores = span_rule(data, logits, RULE, [POINT], seed=0)
     found = runs(data, logits, span_mixture(data, "fit"), RULE, [POINT], span.pooling)
     risk = calibrate(span.calibration, found.logit)
     assert set(scores) == {"span, mean", "span, max"}
@@ -119,9 +118,9 @@ def test_runs_without_a_false_alarm_keep_the_calibration_of_tokens(
     logits = low(data)
     logits[data.features.kind == Kind.WRONG] = HIGH
     kept = SpanRule(pooling=MEAN, calibration=RULE)
-    assert _calibrated_spans(data, SETTINGS, logits, RULE, [POINT]) == (kept, {})
+    assert span_rule(data, logits, RULE, [POINT], seed=0) == (kept, {})
     assert "spans keep the calibration of tokens" in caplog.text
-    assert _calibrated_spans(data, SETTINGS, low(data), RULE, [POINT]) == (kept, {})
+    assert span_rule(data, low(data), RULE, [POINT], seed=0) == (kept, {})
 
 
 def test_the_pooling_is_the_one_that_tells_runs_apart(data: Dataset) -> None:
@@ -134,6 +133,6 @@ def test_the_pooling_is_the_one_that_tells_runs_apart(data: Dataset) -> None:
             logits[rows[-2:]] = [0.1, 4.0 + 0.01 * (answer % 7)]
         elif data.labels[answer].verdict == "ordinary":
             logits[rows[:4]] = 2.5 + 0.01 * (answer % 7)
-    span, scores = _calibrated_spans(data, SETTINGS, logits, RULE, [POINT])
+    span, scores = span_rule(data, logits, RULE, [POINT], seed=0)
     assert span.pooling == Pooling("max")
     assert min(scores["span, max"].values()) < 0.1

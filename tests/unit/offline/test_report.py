@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from offline import beside_run
 from offline.crossvalidate import CrossValidation
 from offline.curves import Curve
 from offline.report import (
@@ -18,9 +19,6 @@ from offline.report import (
     Piece,
     Report,
     TintedAnswer,
-    _crossvalidation,
-    _sweep,
-    _transfers,
 )
 from offline.report_charts import INK, shown_curves
 from offline.report_page import _headline, render
@@ -245,10 +243,10 @@ def test_a_cross_validation_of_another_fit_is_left_out_and_the_log_says_so(
 ) -> None:
     """Its figures would pass for those of this method."""
     found = CrossValidation(fit_sha256="f", splits=2, neurons=(1, 2), rows=())
-    assert _crossvalidation(tmp_path, "f") is None
+    assert beside_run.crossvalidation(tmp_path, "f") is None
     found.save(tmp_path / "crossvalidation.json")
-    assert _crossvalidation(tmp_path, "f") == found
-    assert _crossvalidation(tmp_path, "g") is None
+    assert beside_run.crossvalidation(tmp_path, "f") == found
+    assert beside_run.crossvalidation(tmp_path, "g") is None
     assert "is of another fit and left out" in caplog.text
 
 
@@ -261,11 +259,11 @@ def test_what_is_of_another_probe_is_left_out(
     (tmp_path / "transfer" / "base").mkdir(parents=True)
     (tmp_path / "transfer" / "base" / "transfer.json").write_bytes(msgspec.json.encode(found))
     for own in ("", sweep.probe):  # "": published elsewhere, nothing to compare with
-        assert _sweep(tmp_path / "sweep.json", own) == sweep
-        assert list(_transfers(tmp_path / "transfer", own)) == [found]
+        assert beside_run.sweep(tmp_path / "sweep.json", own) == sweep
+        assert list(beside_run.transfers(tmp_path / "transfer", own)) == [found]
     assert not caplog.records
-    assert _sweep(tmp_path / "sweep.json", "p@other") is None
-    assert list(_transfers(tmp_path / "transfer", "p@other")) == []
+    assert beside_run.sweep(tmp_path / "sweep.json", "p@other") is None
+    assert list(beside_run.transfers(tmp_path / "transfer", "p@other")) == []
     assert [record.message.split(" is of ")[1] for record in caplog.records] == [
         f"{sweep.probe} and left out; this run's probe is p@other"
     ] * 2
