@@ -175,6 +175,14 @@ async def test_a_server_without_suppression_refuses_what_needs_it(open_wire, ris
         assert (await wire.chat("hi", risk={"alpha": 1})).status_code == 200
 
 
+async def test_a_server_without_suppression_says_so_of_its_probes(open_wire):
+    """The page and the sweep go by it; else the first thing that they learn is a 400."""
+    async with open_wire(suppression=False) as wire:
+        (probe,) = (await wire.http.get("/v1/probes")).json()["data"]
+    assert probe["suppression"] is False
+    assert probe["h_neurons"] == 3
+
+
 async def test_tokens_can_be_left_out_and_neurons_can_be_named(wire):
     """The two ends of verbosity."""
     chunks = await wire.chunks("in 1969", risk={"tokens": False})

@@ -393,6 +393,10 @@ def test_domains_that_nothing_was_fitted_on_have_rows_of_tokens_and_responses(
     datasets = {row.dataset for row in table.rows}
     for start in ("token risk, ", "tokens of wrong claims, ", "tokens, wrong claims against all"):
         assert any(d.startswith(start) and NEVER_TRAINED_ON in d for d in datasets), start
+    (judged,) = {row.n for row in table.rows if row.dataset == f"token risk, {NEVER_TRAINED_ON}"}
+    kinds = (Kind.WRONG, Kind.RIGHT, Kind.SCAFFOLD)
+    here, at_home = (len(data.even_rows(part, *kinds)) for part in ("transfer", "test"))
+    assert judged == here != at_home
     for start in ("response risk, ", "right responses, ", "wrong responses, "):
         assert any(d.startswith(start) and NEVER_TRAINED_ON in d for d in datasets), start
 

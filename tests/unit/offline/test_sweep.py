@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import httpx
 import msgspec
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from offline.behaviour import Item, Message
 from offline.metrics import Figure
 from offline.perplexity import Surprise
 from offline.records import Appender, Header, RecordError, SweepAnswer
+from offline.sweep import require_probes
 from offline.sweep_answers import (
     PROBED,
     SHIPPED_SETS,
@@ -229,3 +234,25 @@ def test_our_own_sets_are_read_when_none_is_named() -> None:
 def _only(slopes: list[Slope]) -> Slope:
     (slope,) = slopes
     return slope
+
+
+@pytest.mark.parametrize(
+    ("served", "sentence"),
+    [
+        ([("p@1", True)], None),
+        ([("p@2", True)], r"has not loaded \['probe'\]; start it with --probe folder"),
+        ([("p@1", False)], "does not let requests set alpha; start it with --suppression"),
+    ],
+)
+def test_a_server_must_hold_the_probes_and_let_alpha_be_set(
+    served: list[tuple[str, bool]], sentence: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On vLLM alpha has to be allowed at the start: not after an hour of answers."""
+    listed = {"data": [{"id": id, "suppression": allowed} for id, allowed in served]}
+    request = httpx.Request("GET", "http://s/v1/probes")
+    response = httpx.Response(200, json=listed, request=request)
+    monkeypatch.setattr("offline.sweep.httpx.get", lambda *args, **kwargs: response)
+    probes: Any = {PROBED: SimpleNamespace(id="p@1")}
+    refused = pytest.raises(SweepError, match=sentence) if sentence else nullcontext()
+    with refused:
+        require_probes("http://s", probes, {PROBED: Path("folder")}, api_key=None)
