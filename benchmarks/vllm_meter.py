@@ -108,7 +108,8 @@ def kernels(layers: int, *, neurons: int, suppression: bool) -> int:
     """Inductor's kernels of a compiled stack; matrix products are not among them."""
     model = Stack(layers)
     if neurons:
-        WorkerMeter(model, make_plan(model, neurons, suppression=suppression), max_tokens=64)
+        plan = make_plan(model, neurons, suppression=suppression)
+        WorkerMeter(model, plan, layers=range(layers), max_tokens=64)
     torch._dynamo.reset()
     metrics.reset()
     with torch.inference_mode():
@@ -204,7 +205,7 @@ def main() -> None:
         for neurons in NEURONS:
             model = Stack(LAYERS)
             plan = make_plan(model, neurons, suppression=False)
-            meter = WorkerMeter(model, plan, max_tokens=max(REQUESTS))
+            meter = WorkerMeter(model, plan, layers=range(LAYERS), max_tokens=max(REQUESTS))
             cells = [step_costs(meter, plan, requests) for requests in REQUESTS]
             shown = (" + ".join(f"{us:.0f}" for us in cell) for cell in cells)
             print(f"| {neurons} | {' | '.join(shown)} |", flush=True)

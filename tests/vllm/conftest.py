@@ -36,6 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def one_thread(vllm_cache: None) -> None:
     """Before vLLM is imported: a pool of threads does not survive a fork."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     torch.set_num_threads(1)
 
 

@@ -99,10 +99,25 @@ def _other_half_of_the_columns(cett_of: Any) -> Any:
     return swapped
 
 
+def _earlier_of_another_pass(receive: Any) -> Any:
+    before: list[torch.Tensor | None] = [None]
+
+    def stale(meter: Any, earlier: torch.Tensor | None) -> None:
+        before.append(earlier)
+        old = before[-2] if before[-2] is not None else earlier
+        if old is not None and earlier is not None:
+            old = old[torch.arange(len(earlier)) % len(old)]
+        receive(meter, old)
+
+    return stale
+
+
 MUTANTS: dict[str, tuple[str, Mutant]] = {
     "row order swapped": ("begin", _reversed_rows),
     "readings of neighbours": ("_cett_of", _rows_of_neighbours),
     "columns of another rank": ("_cett_of", _other_half_of_the_columns),
     "stale readings": ("_cett_of", _rows_of_the_last_pass),
+    "another pass of the stage before": ("receive", _earlier_of_another_pass),
+    "nothing from the stage before": ("receive", lambda receive: lambda meter, _: None),
     "stale doses": ("_fill_in_doses", _doses_of_the_last_pass),
 }

@@ -55,7 +55,11 @@ async def test_a_model_that_vllm_does_not_compile_is_refused(start_engine, make_
         ("--quantization fp8", "quantization"),
         ("--enforce-eager", "--enforce-eager"),
         ("--nnodes 2 --master-addr 127.0.0.1", "--nnodes"),
-        ("--pipeline-parallel-size 2", "--pipeline-parallel-size"),
+        (
+            "--pipeline-parallel-size 2 --speculative-config "
+            '\'{"method": "ngram", "num_speculative_tokens": 2}\'',
+            "--speculative-config with --pipeline-parallel-size",
+        ),
         ("--data-parallel-size 2", "--data-parallel-size"),
         ("--enable-lora", "--enable-lora"),
         ("--stream-interval 2", "--stream-interval"),

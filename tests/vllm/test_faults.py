@@ -14,6 +14,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import httpx
 import psutil
@@ -28,7 +30,15 @@ SECONDS_TO_TELL = 5.0
 
 
 @pytest.fixture
-def server(tmp_path, demo_model_path) -> Iterator[RunningServer]:
+def temporary(monkeypatch) -> Iterator[Path]:
+    """Where processes of a test leave temporary files. A socket's path is 107 bytes at most."""
+    with TemporaryDirectory() as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
+
+
+@pytest.fixture
+def server(tmp_path, temporary, demo_model_path) -> Iterator[RunningServer]:
     words = f"--kv-cache-memory-bytes 512M {TRACED}"
     flags = ("--engine", "vllm", "--vllm-args", words, "--drain-timeout", "1")
     with running_server(tmp_path, "demo", *flags, seconds=600) as running:
@@ -66,8 +76,9 @@ def assert_none_left(processes: list[psutil.Process], *, seconds: float = 10) ->
         ("Worker", signal.SIGSTOP),
     ],
 )
-def test_a_process_that_is_lost_ends_streams_and_server(server, victim, blow):
+def test_a_process_that_is_lost_ends_streams_and_server(server, temporary, victim, blow):
     """Prevents: clients that wait for ever, a 200 from a server whose engine is gone, orphans."""
+    assert sockets_in(temporary)
     processes = processes_of(server)
     (struck,) = [p for p in processes if victim in " ".join(p.cmdline())]
     streams = [OpenStream(server, QUESTION, **LONG) for _ in range(8)]
@@ -86,6 +97,11 @@ def test_a_process_that_is_lost_ends_streams_and_server(server, victim, blow):
     assert watch.over()[-1] == 503
     assert server.wait(20) == 4
     assert_none_left(processes)
+    assert not sockets_in(temporary)
+
+
+def sockets_in(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_socket()]
 
 
 def test_a_killed_server_leaves_no_process_behind(server):

@@ -1,7 +1,9 @@
-"""Tensor parallelism: two workers, each with half of the columns, read what one does."""
+"""Tensor and pipeline parallelism: two workers, each with half of the columns, or of the layers,
+read what one does."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -18,6 +20,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 TEXT = random_prompts()[2] * 3
 TWO = "--tensor-parallel-size 2"
+STAGES = "--pipeline-parallel-size 2"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -51,6 +54,42 @@ async def test_a_pass_that_nobody_reads_gathers_nothing(ranks):
     request = replace(request, sampling=Sampling(temperature=0))
     assert all(step.reading is None for step in await ranks.generate(request))
     assert ranks.engine.health().alive
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stages(start_engine, make_model) -> AsyncIterator[Served]:
+    folder, reference, probes = make_model(families(128, head_dim=32)["llama"], "float32")
+    words = f"{STAGES} {TRACED} --max-num-batched-tokens 64 --block-size 32"
+    options = {"max_num_seqs": 32, "max_waiting_requests": 100, "vllm_args": words}
+    engine = start_engine(folder, probes, **options)
+    yield Served(engine, reference, probes)
+    await engine.aclose()
+
+
+async def test_two_stages_read_what_the_reference_reads(stages):
+    """Two passes are on their way at a time: readings of the first stage could meet the other."""
+    requests = mixed_requests(60, TEXT, lengths=(5, 17, 40, 90), tokens=20)
+    assert await stages.worst(requests, leaving=requests[::10]) <= LIMIT["float32"]
+    for mutant in ("another pass of the stage before", "row order swapped"):
+        await stages.inside("mutate", mutant)
+        with pytest.raises(AssertionError):
+            assert await stages.worst(requests[:12]) <= LIMIT["float32"]
+        await stages.inside("heal")
+
+
+async def test_readings_that_do_not_come_from_the_stage_before_are_no_readings(stages):
+    """Not zeros: a risk made of half of the neurons would look like any other."""
+    request = replace(make_requests(random_prompts(), 5)[1], probe="one")
+    await stages.inside("mutate", "nothing from the stage before")
+    steps = await stages.generate(request)
+    await stages.inside("heal")
+    read = [step.reading for step in steps if step.reading is not None]
+    assert read
+    assert all(math.isnan(reading.logits[0]) for reading in read)
+
+
+async def test_contributions_come_from_both_stages(stages):
+    await stages.check_contributions()
 
 
 async def test_a_layer_that_puts_out_a_partial_sum_is_refused(start_engine, make_model):

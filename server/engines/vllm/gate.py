@@ -145,7 +145,9 @@ def refuse(config: VllmConfig) -> None:
     drafts = config.speculative_config
     compilation = config.compilation_config.mode
     reasons = {
-        "--pipeline-parallel-size above 1": parallel.pipeline_parallel_size > 1,
+        "--speculative-config with --pipeline-parallel-size above 1": (
+            drafts is not None and parallel.pipeline_parallel_size > 1
+        ),
         "--data-parallel-size above 1 (run several servers behind a balancer)": (
             parallel.data_parallel_size > 1
         ),

@@ -82,9 +82,14 @@ class Suppressing(_Reading):
         return self._read(z, super().forward(scaled))
 
 
-def install(model: nn.Module, plan: MeterPlan, layout: Layout, *, max_tokens: int) -> GraphBuffers:
-    """Put the meter into every probed layer of a loaded model; ModelError when it does not fit."""
-    found = find_layers(model, plan)
+def install(
+    model: nn.Module, plan: MeterPlan, layout: Layout, *, layers: range, max_tokens: int
+) -> GraphBuffers:
+    """Put the meter into every probed layer of a loaded model; ModelError when it does not fit.
+
+    Of a pipeline's stage `model` has these `layers` only; the rest of the buffers stays NaN.
+    """
+    found = find_layers(model, plan, layers)
     device = next(model.parameters()).device
     size = (len(plan.layers), max_tokens, layout.columns.shape[1])
     buffers = GraphBuffers(
@@ -92,6 +97,8 @@ def install(model: nn.Module, plan: MeterPlan, layout: Layout, *, max_tokens: in
         dose=torch.zeros(max_tokens, len(plan.probes), device=device),
     )
     for index, number in enumerate(plan.layers):
+        if number not in layers:
+            continue
         layer = found[number]
         _refuse_other_columns(layer, number, layout.columns[index], layout.norms[index])
         tensors = {
@@ -108,13 +115,14 @@ def install(model: nn.Module, plan: MeterPlan, layout: Layout, *, max_tokens: in
     return buffers
 
 
-def find_layers(model: nn.Module, plan: MeterPlan) -> dict[int, nn.Module]:
-    """The down projection of every probed layer in vLLM's own model tree."""
+def find_layers(model: nn.Module, plan: MeterPlan, layers: range) -> dict[int, nn.Module]:
+    """The down projection of every probed layer among `layers` in vLLM's own model tree."""
+    probed = [number for number in plan.layers if number in layers]
     found: dict[int, list[tuple[str, nn.Module]]] = {}
     for place in down_projections(model):
         if isinstance(place.module, LinearBase):
             found.setdefault(place.layer, []).append((place.name, place.module))
-    for number in plan.layers:
+    for number in probed:
         candidates = found.get(number, [])
         if len(candidates) != 1:
             names = ", ".join(name for name, _ in candidates) or "none"
@@ -124,7 +132,7 @@ def find_layers(model: nn.Module, plan: MeterPlan) -> dict[int, nn.Module]:
             )
         _refuse_other_layer(*candidates[0], plan)
         _refuse_uncompiled(model, candidates[0][0])
-    return {number: found[number][0][1] for number in plan.layers}
+    return {number: found[number][0][1] for number in probed}
 
 
 def _refuse_uncompiled(model: nn.Module, layer: str) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shlex
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -77,7 +80,6 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_COMPUTE_NANS_IN_LOGITS": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 
 
@@ -226,10 +228,14 @@ def _start(arguments: AsyncEngineArgs, plan: MeterPlan | None) -> AsyncLLM:
     if current_platform.is_cpu() and not is_sized:
         arguments.kv_cache_memory_bytes = KV_CACHE_BYTES_ON_CPU
     os.environ[SERVER_PID] = str(os.getpid())
+    _keep_sockets_together()
     with _ending_children():
         try:
             config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)  # its defaults
             refuse(config)
+            if current_platform.is_cpu() and config.parallel_config.world_size > 1:
+                # vLLM's own way of binding threads wants a NUMA node for each rank.
+                os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
             if plan is not None:
                 ranks = config.parallel_config.tensor_parallel_size
                 config.additional_config = replace(plan, ranks=ranks)
@@ -238,6 +244,13 @@ def _start(arguments: AsyncEngineArgs, plan: MeterPlan | None) -> AsyncLLM:
         except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ModelError(f"vLLM did not start: {reason}") from error
+
+
+def _keep_sockets_together() -> None:
+    """vLLM leaves seven sockets in the folder for temporary files each time that it starts."""
+    if "VLLM_RPC_BASE_PATH" not in os.environ:
+        folder = os.environ["VLLM_RPC_BASE_PATH"] = tempfile.mkdtemp(prefix="hneurons-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 @contextmanager

@@ -90,15 +90,24 @@ class _Step(NamedTuple):
 
 
 class WorkerMeter:
-    """The meter of one tensor-parallel rank. Calls come in order: `learn`, `begin`, `read`."""
+    """The meter of one rank. Calls come in order: `learn`, `begin`, `read`.
 
-    def __init__(self, model: nn.Module, plan: MeterPlan, *, max_tokens: int) -> None:
+    A stage of a pipeline has some of the layers. What it reads goes on to the next one with the
+    pass itself (`values`, `receive`); the last stage has all, and gives the readings.
+    """
+
+    def __init__(
+        self, model: nn.Module, plan: MeterPlan, *, layers: range, max_tokens: int
+    ) -> None:
+        """`layers` of the whole model are those that this rank's `model` has."""
         self._ranks = get_tensor_model_parallel_world_size()
         layout = Layout.of(plan, rank=get_tensor_model_parallel_rank(), ranks=self._ranks)
         self._plan = plan
-        self._buffers = install(model, plan, layout, max_tokens=max_tokens)
+        self._buffers = install(model, plan, layout, layers=layers, max_tokens=max_tokens)
         device = self._buffers.cett.device
         self._flat = layout.flat.to(device)
+        self._is_here = ((plan.layer >= layers.start) & (plan.layer < layers.stop)).to(device)
+        self._earlier: Tensor | None = None  # what the stages before have read of this pass
         self._weight, self._bias = plan.weight.to(device), plan.bias.to(device)
         self._orders: dict[str, Order] = {}
         self._layout = self._lay_out([], [], [])  # of the pass that runs, or ran last
@@ -163,20 +172,35 @@ class WorkerMeter:
             rows = rows.pin_memory()
         dose[: len(rows)].copy_(rows, non_blocking=True)
 
-    def read(self, positions: Tensor) -> Pending | None:
-        """After the pass; `positions` of all its rows. None when nothing of it is to be read."""
+    def receive(self, earlier: Tensor | None) -> None:
+        """Before the pass: `values` of the stage before."""
+        self._earlier = earlier
+
+    def values(self) -> Tensor | None:
+        """After the pass: `[rows, neurons]` CETT in the plan's order, NaN in layers to come.
+
+        None when nothing of the pass is to be read.
+        """
         was_running, self._is_running = self._is_running, False
-        step, rows = self._layout, self._layout.rows
-        if not was_running or len(rows) == 0:
+        earlier, self._earlier = self._earlier, None
+        if not was_running or len(self._layout.rows) == 0:
             return None
-        values = self._cett_of(rows)
+        here = self._cett_of(self._layout.rows)
+        return here if earlier is None else torch.where(self._is_here, here, earlier)
+
+    def read(self, positions: Tensor) -> Pending | None:
+        """`values` as logits and contributions; `positions` of all rows of the pass."""
+        values = self.values()
+        if values is None:
+            return None
+        step, rows = self._layout, self._layout.rows
         logits = values @ self._weight + self._bias
         numbers = torch.cat([positions[rows].float().unsqueeze(-1), logits], dim=-1)
         wanted = any(order is not None and order.contributors for order in step.orders)
         return Pending(self, step, numbers, values if wanted else None)
 
     def _cett_of(self, rows: Tensor) -> Tensor:
-        """`[rows, neurons]` in the plan's order, complete on every rank.
+        """`[rows, neurons]` of this stage, complete on every rank of its tensor parallelism.
 
         What was read becomes NaN: a layer that did not run in the next pass is seen as such.
         """

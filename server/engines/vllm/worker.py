@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.platforms import current_platform
+from vllm.sequence import IntermediateTensors
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
@@ -33,6 +34,7 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as _Worker
 
 
+VALUES = "hneurons"  # among what one stage of a pipeline hands to the next
 STATISTICS_EVERY = 32  # steps; a message of 20 us
 
 
@@ -81,8 +83,14 @@ class MeteredWorker(OwnedWorker):
             raise ModelError("a metered worker was started without a plan of what to read")
         if not isinstance(self.model_runner, GPUModelRunner):
             raise ModelError(f"the rows of {type(self.model_runner)} are not known to the meter")
-        max_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
-        meter = WorkerMeter(self.model_runner.model, plan, max_tokens=max_tokens)
+        config = self.vllm_config
+        first, end = config.model_config.get_layers_start_end_indices(config.parallel_config)
+        meter = WorkerMeter(
+            self.model_runner.model,
+            plan,
+            layers=range(first, end),
+            max_tokens=config.scheduler_config.max_num_batched_tokens,
+        )
         wrap(self.model_runner, meter)
 
 
@@ -92,9 +100,15 @@ def wrap(runner: Any, meter: WorkerMeter) -> None:
     prepare: Callable[..., Any] = runner._prepare_inputs
     sample: Callable[..., Any] = runner.sample_tokens
 
-    def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+    def execute_model(scheduler_output: Any, earlier: Any = None) -> Any:
         meter.learn(scheduler_output)
-        return execute(scheduler_output, *args, **kwargs)
+        if earlier is not None:  # from the stage before; what is ours the model does not know
+            meter.receive(earlier.tensors.pop(VALUES, None))
+        output = execute(scheduler_output, earlier)
+        if isinstance(output, IntermediateTensors) and (values := meter.values()) is not None:
+            # A copy: the dictionary may be that of a captured graph.
+            return IntermediateTensors({**output.tensors, VALUES: values.contiguous()})
+        return output
 
     def prepare_inputs(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         prepared = prepare(scheduler_output, *args, **kwargs)
