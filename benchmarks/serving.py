@@ -4,10 +4,11 @@
 
 Same model, same engine arguments, same load generator (vLLM's own `vllm bench serve`, streaming).
 Both servers stay up (an idle one takes 2 % of a core here) and take turns load by load, seconds
-apart, in an order that turns from round to round: whatever else the machine does meets all alike.
-Ratios are taken within a round; inter-token latencies are pooled over all rounds, because a p99 of
-one run is the accident of two or three passes. Server CPU is what the server's own process (not
-the engine) spends per token. The last line is one JSON object.
+apart, in all six orders: whatever else the machine does meets all alike. Ratios are taken within a
+round; inter-token latencies are pooled over all rounds, because a p99 of one run is the accident of
+two or three passes. Chunks that arrive together are no gap: ours ends a stream with one chunk more
+than stock does. Server CPU is what the server's own process (not the engine) spends per token, and
+while the load generator starts. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -45,6 +47,7 @@ CONTESTANTS = {
 }
 PROMPTS = Path(__file__).parent.parent / "offline" / "data" / "ordinary_prompts.jsonl"
 AT_MOST = 256  # tokens of an answer that ends by itself
+TOGETHER_MS = 1.0  # a pass of the model takes longer
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def measure(
     words = ["--backend", "openai-chat", "--endpoint", "/v1/chat/completions"]
     words += ["--port", str(port), "--model", "demo", "--tokenizer", str(folder)]
     words += [*load.words, "--temperature", "0", "--seed", str(seed), "--save-detailed"]
-    words += ["--num-prompts", str(load.requests), "--num-warmups", "1"]
+    words += ["--num-prompts", str(load.requests), "--num-warmups", "0"]
     words += ["--max-concurrency", str(load.concurrency), "--disable-tqdm"]
     body = load.body if risk is None else {**load.body, "risk": risk}
     words += ["--extra-body", json.dumps(body)]
@@ -119,7 +122,9 @@ def measure(
     return {
         "tokens/s": result["output_throughput"],
         "server CPU us/token": 1e6 * spent / result["total_output_tokens"],
-        "ITL ms": [1e3 * gap for gaps in result["itls"] for gap in gaps],
+        "ITL ms": [
+            ms for gaps in result["itls"] for gap in gaps if (ms := 1e3 * gap) > TOGETHER_MS
+        ],
         "TTFT ms": [1e3 * wait for wait in result["ttfts"]],
     }
 
@@ -164,9 +169,11 @@ def take_turns(
 ) -> dict[str, list[dict[str, Any]]]:
     """`[load's name][round][contestant]`, each as `measure` gives it."""
     both = ["--max-num-seqs", str(max(options.concurrency)), "--dtype", options.dtype]
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": options.threads, "VLLM_LOGGING_LEVEL": "ERROR"}
+    environment = {"VLLM_LOGGING_LEVEL": "ERROR"}
+    if options.threads:
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = options.threads
     runs: dict[str, list[dict[str, Any]]] = {load.name: [] for load in loads}
-    names = list(CONTESTANTS)
+    orders = list(itertools.permutations(CONTESTANTS))
     with contextlib.ExitStack() as stack:
         servers = {
             name: stack.enter_context(
@@ -178,14 +185,18 @@ def take_turns(
             )
             for name, port in PORTS.items()
         }
+
+        def take(name: str, load: Load, seed: int) -> dict[str, Any]:
+            server, risk = CONTESTANTS[name]
+            where = servers[server], PORTS[server]
+            return measure(load, folder, *where, risk=risk, seed=seed)
+
+        for name in CONTESTANTS:
+            take(name, loads[0], options.rounds)  # the first one of all is never like the others
         for number in range(options.rounds):
             for at, load in enumerate(loads):
-                first = (number + at) % len(names)
-                found = {}
-                for name in names[first:] + names[:first]:
-                    server, risk = CONTESTANTS[name]
-                    where = (servers[server], PORTS[server])
-                    found[name] = measure(load, folder, *where, risk=risk, seed=number)
+                order = orders[(number + at) % len(orders)]
+                found = {name: take(name, load, number) for name in order}
                 runs[load.name].append(found)
                 speeds = {name: round(run["tokens/s"]) for name, run in found.items()}
                 done = f"round {number + 1} of {options.rounds}, {load.name}"
@@ -201,8 +212,12 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=2, help="per place of the concurrency")
     parser.add_argument("--tokens", type=int, default=256, help="per load, at least")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--threads", default="auto", help="VLLM_CPU_OMP_THREADS_BIND of both")
-    parser.add_argument("--engine-args", default="--kv-cache-memory-bytes 1G --max-model-len 2048")
+    parser.add_argument("--threads", help="VLLM_CPU_OMP_THREADS_BIND of both, where not vLLM's own")
+    # No prefix cache: the contestants are sent the same prompts, two of them to one server.
+    parser.add_argument(
+        "--engine-args",
+        default="--kv-cache-memory-bytes 1G --max-model-len 2048 --no-enable-prefix-caching",
+    )
     options = parser.parse_args()
     folder = ensure_demo_model()
     special = AutoTokenizer.from_pretrained(folder).all_special_ids

@@ -138,6 +138,7 @@ class _Base:
     """What `_HandsOn` stands on: a scheduler that puts out one token per request."""
 
     requests: dict[str, object]
+    kv_cache_manager = SimpleNamespace(usage=0.0)
 
     def update_from_output(self, scheduled: object, output: SimpleNamespace) -> object:
         outputs = [
@@ -160,7 +161,7 @@ def step_costs(meter: WorkerMeter, plan: MeterPlan, requests: int) -> tuple[floa
     counts, positions = dict.fromkeys(names, 1), torch.arange(requests)
 
     def in_worker() -> object:
-        meter.begin(names, counts)
+        meter.begin(names, counts, {})
         return meter.read(positions).take()
 
     scheduler = _Scheduler()
@@ -168,7 +169,13 @@ def step_costs(meter: WorkerMeter, plan: MeterPlan, requests: int) -> tuple[floa
     output = SimpleNamespace(
         hneurons=in_worker(), req_id_to_index={name: i for i, name in enumerate(names)}
     )
-    by_client = scheduler.update_from_output(None, output)
+    scheduled = SimpleNamespace(
+        preempted_req_ids=(),
+        scheduled_spec_decode_tokens={},
+        num_invalid_spec_tokens=None,
+        total_num_scheduled_tokens=requests,
+    )
+    by_client = scheduler.update_from_output(scheduled, output)
     vector = by_client[0].outputs[0].routed_experts
     states = {name: SimpleNamespace(external_req_id=name) for name in names}
     processor = SimpleNamespace(request_states=states)
@@ -183,8 +190,8 @@ def step_costs(meter: WorkerMeter, plan: MeterPlan, requests: int) -> tuple[floa
         by_client[0].outputs[0].routed_experts = vector
         tap._take(by_client[0])
 
-    base = microseconds(lambda: _Base.update_from_output(scheduler, None, output))
-    handing_on = microseconds(lambda: scheduler.update_from_output(None, output))
+    base = microseconds(lambda: _Base.update_from_output(scheduler, scheduled, output))
+    handing_on = microseconds(lambda: scheduler.update_from_output(scheduled, output))
     return microseconds(in_worker), handing_on - base, microseconds(at_home)
 
 

@@ -130,6 +130,7 @@ def running_server(
         name: value
         for name, value in os.environ.items()
         if name == "HNEURONS_CACHE" or not name.startswith("HNEURONS_")
+        if name not in ("VLLM_RPC_BASE_PATH", "VLLM_CPU_OMP_THREADS_BIND")  # of engines in tests
     }
     log = folder / f"server-{time.monotonic_ns()}.log"
     command = [sys.executable, "-m", "server", model, "--port", "0", "--drain-delay", "0"]

@@ -206,8 +206,8 @@ def worst_difference(
     served: Sequence[Sequence[Step]],
     scored: Sequence[Tensor] | None,
 ) -> float:
-    """Largest |logit - expected|; fails where a reading is missing or misplaced, or where a greedy
-    token in float32 is not the reference's.
+    """Largest |logit - expected|; fails where a reading is missing, misplaced or not a number, or
+    where a greedy token in float32 is not the reference's.
     """
     by_name = {probe.card.name: probe for probe in probes}
     worst = 0.0
@@ -222,7 +222,9 @@ def worst_difference(
         if request.sampling.temperature == 0 and reference.model.dtype == torch.float32:
             assert list(tokens[first + 1 :]) == greedy[first:-1]
         logits = torch.tensor([step.reading.logits for step in steps if step.reading])
+        assert logits.isfinite().all()  # `max` passes NaN over
         worst = max(worst, float((logits - expected[first : last + 1]).abs().max()))
         if scored is not None:
+            assert scored[index].isfinite().all()
             worst = max(worst, float((scored[index] - expected).abs().max()))
     return worst

@@ -45,8 +45,9 @@ def hands_on(by_client: dict[int, Any]) -> Any:
     return HandsOn()
 
 
-def scheduled(**drafts: list[int]) -> SimpleNamespace:
+def scheduled(*, tokens: int = 1, **drafts: list[int]) -> SimpleNamespace:
     return SimpleNamespace(
+        total_num_scheduled_tokens=tokens,
         preempted_req_ids={"x"},
         scheduled_spec_decode_tokens=drafts,
         num_invalid_spec_tokens={"a": 1},
@@ -58,6 +59,11 @@ def test_a_step_that_puts_nothing_out_is_a_sign_of_life():
     (outputs,) = hands_on({}).update_from_output(scheduled(), SimpleNamespace()).values()
     assert outputs.outputs == []
     assert outputs.scheduler_stats is not None  # or vLLM's client drops it
+
+
+def test_an_empty_step_that_fills_a_pipeline_says_nothing():
+    """One follows each pass while there is one request: two messages for each token."""
+    assert hands_on({}).update_from_output(scheduled(tokens=0), SimpleNamespace()) == {}
 
 
 def test_what_only_the_scheduler_knows_is_told_now_and_then():

@@ -154,6 +154,9 @@ def refuse(config: VllmConfig) -> None:
         "--distributed-executor-backend other than mp, or --nnodes above 1": (
             parallel.distributed_executor_backend not in ("mp", "uni") or parallel.nnodes > 1
         ),
+        "--async-scheduling with --pipeline-parallel-size above 1": (
+            bool(scheduler.async_scheduling) and parallel.pipeline_parallel_size > 1
+        ),
         "--speculative-config with another method than ngram or draft_model": (
             drafts is not None and drafts.method not in ("ngram", "draft_model")
         ),

@@ -249,7 +249,7 @@ def _start(arguments: AsyncEngineArgs, plan: MeterPlan | None) -> AsyncLLM:
 def _keep_sockets_together() -> None:
     """vLLM leaves seven sockets in the folder for temporary files each time that it starts."""
     if "VLLM_RPC_BASE_PATH" not in os.environ:
-        folder = os.environ["VLLM_RPC_BASE_PATH"] = tempfile.mkdtemp(prefix="hneurons-")
+        folder = os.environ["VLLM_RPC_BASE_PATH"] = tempfile.mkdtemp(prefix="hn-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 

@@ -185,6 +185,8 @@ class _HandsOn:
                 if drafts:
                     _leave_out_rejected(outputs.outputs, segments, drafts)
                 self._hand_on(outputs.outputs, segments)
+        if scheduler_output.total_num_scheduled_tokens == 0:
+            return by_client  # nothing has run: a step that fills a pipeline
         is_silent = not any(outputs.outputs for outputs in by_client.values())
         self._steps += 1
         if is_silent or self._steps % STATISTICS_EVERY == 0:
