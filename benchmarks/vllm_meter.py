@@ -173,7 +173,6 @@ def step_costs(meter: WorkerMeter, plan: MeterPlan, requests: int) -> tuple[floa
         preempted_req_ids=(),
         scheduled_spec_decode_tokens={},
         num_invalid_spec_tokens=None,
-        total_num_scheduled_tokens=requests,
     )
     by_client = scheduler.update_from_output(scheduled, output)
     vector = by_client[0].outputs[0].routed_experts

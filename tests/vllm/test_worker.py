@@ -45,9 +45,8 @@ def hands_on(by_client: dict[int, Any]) -> Any:
     return HandsOn()
 
 
-def scheduled(*, tokens: int = 1, **drafts: list[int]) -> SimpleNamespace:
+def scheduled(**drafts: list[int]) -> SimpleNamespace:
     return SimpleNamespace(
-        total_num_scheduled_tokens=tokens,
         preempted_req_ids={"x"},
         scheduled_spec_decode_tokens=drafts,
         num_invalid_spec_tokens={"a": 1},
@@ -61,9 +60,16 @@ def test_a_step_that_puts_nothing_out_is_a_sign_of_life():
     assert outputs.scheduler_stats is not None  # or vLLM's client drops it
 
 
-def test_an_empty_step_that_fills_a_pipeline_says_nothing():
-    """One follows each pass while there is one request: two messages for each token."""
-    assert hands_on({}).update_from_output(scheduled(tokens=0), SimpleNamespace()) == {}
+def test_a_silent_step_right_after_a_word_says_nothing():
+    """In a pipeline an empty step follows each pass: that would be two messages for each token."""
+    output = SimpleNamespace(request_id="a", new_token_ids=[5])
+    by_client: dict[int, Any] = {0: SimpleNamespace(outputs=[output], scheduler_stats=None)}
+    scheduler = hands_on(by_client)
+    scheduler.update_from_output(scheduled(), SimpleNamespace())
+    by_client.clear()
+    assert scheduler.update_from_output(scheduled(), SimpleNamespace()) == {}
+    scheduler._last_word -= 1
+    assert scheduler.update_from_output(scheduled(), SimpleNamespace())
 
 
 def test_what_only_the_scheduler_knows_is_told_now_and_then():

@@ -7,6 +7,7 @@ of requests, where it has laid out the rows of a pass, and where it hands out wh
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,7 @@ else:
 
 VALUES = "hneurons"  # among what one stage of a pipeline hands to the next
 STATISTICS_EVERY = 32  # steps; a message of 20 us
+SECONDS_OF_SILENCE = 0.1  # in a pipeline an empty step follows each pass
 
 
 class OwnedWorker(_Worker):
@@ -164,6 +166,7 @@ class _HandsOn:
         super().__init__(*args, **kwargs)
         self._chunks: dict[str, list[Any]] = {}  # readings of prompts that are read in chunks
         self._steps = 0
+        self._last_word = 0.0  # when something was put out
         self._totals = dict.fromkeys(("preempted", "drafted", "accepted"), 0)
 
     def update_from_output(
@@ -185,13 +188,15 @@ class _HandsOn:
                 if drafts:
                     _leave_out_rejected(outputs.outputs, segments, drafts)
                 self._hand_on(outputs.outputs, segments)
-        if scheduler_output.total_num_scheduled_tokens == 0:
-            return by_client  # nothing has run: a step that fills a pipeline
-        is_silent = not any(outputs.outputs for outputs in by_client.values())
+        now = time.monotonic()
+        if any(outputs.outputs for outputs in by_client.values()):
+            self._last_word = now
+        is_silent = now - self._last_word > SECONDS_OF_SILENCE
         self._steps += 1
         if is_silent or self._steps % STATISTICS_EVERY == 0:
             # A long prompt is read in many steps that put nothing out, and no sign of life is a
             # hang. vLLM's client drops what has neither outputs nor statistics.
+            self._last_word = now
             by_client.setdefault(0, EngineCoreOutputs()).scheduler_stats = SchedulerStats(
                 kv_cache_usage=self.kv_cache_manager.usage,  # type: ignore[attr-defined]
                 kv_connector_stats=dict(self._totals),  # for anything; connectors are refused
