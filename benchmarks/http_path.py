@@ -135,7 +135,7 @@ def serve(kind: str, port: int) -> None:
     from server.__main__ import run
     from server.engines.vllm.processes import EngineProcesses
 
-    async def passed(*_: object) -> None:
+    async def passed(*_: object, **__: object) -> None:
         """A simulated engine knows no answers."""
 
     server.serve.check_probes = passed
