@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -57,8 +57,8 @@ def make_corpus(model: str, loaded: LoadedModel, answers: int) -> list[Item]:
 
     corpus = []
     for number in range(answers):
-        question = tokenizer.decode(random_ids(5 + number % 20))
-        prompt = tokenizer.apply_chat_template(
+        question = str(tokenizer.decode(random_ids(5 + number % 20)))
+        prompt: Any = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
         )
         written = random_ids(LENGTHS[number % len(LENGTHS)])
@@ -109,7 +109,8 @@ def extract_ours(loaded: LoadedModel, corpus: list[Item], folder: Path) -> None:
 def saved_arithmetic(model: PreTrainedModel, corpus: list[Item]) -> float:
     """Multiplications by weights, reference over ours: it runs every token of every sequence
     through all layers and the vocabulary; we, what is not shared, and only answers' ends there."""
-    head = model.get_output_embeddings().weight.numel()
+    embeddings: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head: int = embeddings.weight.numel()
     layers = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
     start = len(common_start([item.prompt for item in corpus]))
     prompts = {item.prompt for item in corpus}

@@ -138,8 +138,8 @@ def serve(kind: str, port: int) -> None:
     async def passed(*_: object, **__: object) -> None:
         """A simulated engine knows no answers."""
 
-    server.serve.check_probes = passed
-    EngineProcesses.trouble = lambda _: ""  # type: ignore[method-assign]  # there are none
+    server.serve.check_probes = passed  # type: ignore[attr-defined]
+    EngineProcesses.trouble = lambda self: ""  # type: ignore[method-assign]  # there are none
     EngineProcesses.end = lambda *_: None  # type: ignore[method-assign]
     words = ["demo", "--engine", "vllm", "--port", str(port), "--max-num-seqs", "64"]
     sys.exit(run([*words, "--vllm-args", ENGINE_ARGS]))
@@ -181,9 +181,10 @@ async def measure(
     server: psutil.Process, port: int, *, at_once: int, tokens: int, risk: bool | None
 ) -> float:
     """CPU microseconds of the server's process per token."""
-    before = sum(server.cpu_times()[:2])
+    before: float = sum(server.cpu_times()[:2])
     written = await asyncio.gather(*(one_answer(port, tokens, risk=risk) for _ in range(at_once)))
-    return 1e6 * (sum(server.cpu_times()[:2]) - before) / sum(written)
+    spent: float = sum(server.cpu_times()[:2]) - before
+    return 1e6 * spent / sum(written)
 
 
 async def compare(options: argparse.Namespace) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import json
 import os
 import statistics
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -36,16 +36,18 @@ def make_requests(
     engine: TransformersEngine, questions: list[Question], samples: int
 ) -> list[GenerationRequest]:
     """Samples of one question stand together, as `collect` asks them."""
+
+    def token_ids(question: Question) -> tuple[int, ...]:
+        messages = [{"role": "user", "content": question.prompt}]
+        ids: Any = engine.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
+        return tuple(ids)
+
     return [
         GenerationRequest(
             request_id=f"{question.id}/{sample}",
-            prompt_token_ids=tuple(
-                engine.tokenizer.apply_chat_template(
-                    [{"role": "user", "content": question.prompt}],
-                    add_generation_prompt=True,
-                    return_dict=False,
-                )
-            ),
+            prompt_token_ids=token_ids(question),
             max_tokens=question.max_tokens,
             sampling=Sampling(temperature=float(samples > 1), top_p=0.9, top_k=50, seed=sample),
         )

@@ -60,10 +60,11 @@ class Stack(nn.Module):
 
     def __init__(self, layers: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block(number) for number in range(layers))
+        blocks = [Block(number) for number in range(layers)]
+        self.layers = nn.ModuleList(blocks)
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.02)
-        downs = [layer.down_proj for layer in self.layers]
+        downs = [block.down_proj for block in blocks]
         self.column_norms = torch.stack([down.weight.detach().norm(dim=0) for down in downs])
         for down in downs:
             down.quant_method.process_weights_after_loading(down)
@@ -162,7 +163,9 @@ def step_costs(meter: WorkerMeter, plan: MeterPlan, requests: int) -> tuple[floa
 
     def in_worker() -> object:
         meter.begin(names, counts, {})
-        return meter.read(positions).take()
+        pending = meter.read(positions)
+        assert pending is not None
+        return pending.take()
 
     scheduler = _Scheduler()
     scheduler.requests = dict.fromkeys(names)
