@@ -21,4 +21,4 @@ echo "== kernels per layer (Inductor on the CPU) and time outside the graph"
 "$python" -m benchmarks.vllm_meter || echo "FAILED: the meter alone"
 
 echo "== the whole service beside stock vllm serve, order turned every round"
-"$python" -m benchmarks.serving --rounds 5 --concurrency 1 8 64 256 --engine-args "--max-model-len 2048 --no-enable-prefix-caching --gpu-memory-utilization 0.4" || echo "FAILED: serving"
+"$python" -m benchmarks.serving --rounds 6 --concurrency 1 8 64 256 --engine-args "--max-model-len 2048 --no-enable-prefix-caching --gpu-memory-utilization 0.4" || echo "FAILED: serving"

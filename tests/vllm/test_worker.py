@@ -70,6 +70,8 @@ def test_a_silent_step_right_after_a_word_says_nothing():
     assert scheduler.update_from_output(scheduled(), SimpleNamespace()) == {}
     scheduler._last_word -= 1
     assert scheduler.update_from_output(scheduled(), SimpleNamespace())
+    by_client.clear()
+    assert scheduler.update_from_output(scheduled(), SimpleNamespace()) == {}
 
 
 def test_what_only_the_scheduler_knows_is_told_now_and_then():

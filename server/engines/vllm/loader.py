@@ -233,8 +233,11 @@ def _start(arguments: AsyncEngineArgs, plan: MeterPlan | None) -> AsyncLLM:
         try:
             config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)  # its defaults
             refuse(config)
-            if current_platform.is_cpu() and config.parallel_config.world_size > 1:
-                # vLLM's own way of binding threads wants a NUMA node for each rank.
+            if current_platform.is_cpu() and (
+                config.parallel_config.world_size > 1 or "OMP_NUM_THREADS" in os.environ
+            ):
+                # vLLM's own way of binding threads wants a NUMA node for each rank, and takes
+                # another number of them than the operator has said.
                 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
             if plan is not None:
                 ranks = config.parallel_config.tensor_parallel_size
