@@ -17,7 +17,11 @@ Mutant = Callable[[Any], Any]  # a method of the meter into what takes its place
 
 @contextmanager
 def open_up() -> Iterator[None]:
-    """While the block runs, workers that are forked can be asked for what stands below."""
+    """While the block runs, workers that are forked can be asked for what stands below.
+
+    Their engines speak after every silent step: a tiny model reads a long prompt in no time.
+    """
+    from server.engines.vllm import worker as of_worker
     from server.engines.vllm.meter import WorkerMeter
     from server.engines.vllm.worker import MeteredWorker
 
@@ -41,6 +45,7 @@ def open_up() -> Iterator[None]:
         originals.clear()
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(of_worker, "SECONDS_OF_SILENCE", 0.0)
         patch.setattr(WorkerMeter, "learn", counting)
         patch.setattr(MeteredWorker, "resumed", lambda worker: resumed, raising=False)
         patch.setattr(MeteredWorker, "mutate", mutate, raising=False)
