@@ -42,6 +42,8 @@ def check_version() -> str:
 
 def check_signatures() -> None:
     """ModelError naming the first place of vLLM that is not as this engine expects it."""
+    from vllm.config import ModelConfig
+    from vllm.sequence import IntermediateTensors
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine import EngineCoreOutput
@@ -61,6 +63,7 @@ def check_signatures() -> None:
 
     places: Sequence[tuple[Any, str, tuple[str, ...]]] = (
         (Worker, "load_model", ("self", "load_dummy_weights")),
+        (ModelConfig, "get_layers_start_end_indices", ("self", "parallel_config")),
         (GPUModelRunner, "execute_model", ("self", "scheduler_output", "intermediate_tensors")),
         (GPUModelRunner, "_prepare_inputs", ("self", "scheduler_output", "num_scheduled_tokens")),
         (GPUModelRunner, "sample_tokens", ("self", "grammar_output")),
@@ -114,6 +117,7 @@ def check_signatures() -> None:
                 "num_nans_in_logits",
             ),
         ),
+        (IntermediateTensors, ("tensors",)),
         (LogprobsLists, ("logprob_token_ids", "logprobs")),
         (PrefillStats, ("num_cached_tokens",)),
         (SchedulerStats, ("kv_cache_usage", "kv_connector_stats")),
