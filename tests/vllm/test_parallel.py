@@ -4,7 +4,8 @@ read what one does."""
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
@@ -23,21 +24,24 @@ TWO = "--tensor-parallel-size 2"
 STAGES = "--pipeline-parallel-size 2"
 
 
-@pytest.fixture(scope="module")
-def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
+@asynccontextmanager
+async def served(start_engine, make_model, ranks: str) -> AsyncIterator[Served]:
+    """The tiny Llama by several workers; how their threads are bound is left to the loader."""
+    folder, reference, probes = make_model(families(128, head_dim=32)["llama"], "float32")
+    words = f"{ranks} {TRACED} --max-num-batched-tokens 64 --block-size 32"
+    options = {"max_num_seqs": 32, "max_waiting_requests": 100, "vllm_args": words}
     with pytest.MonkeyPatch.context() as patch:
-        yield patch
+        patch.delenv("VLLM_CPU_OMP_THREADS_BIND")
+        patch.delenv("OMP_NUM_THREADS")  # vLLM's own way of binding wants two NUMA nodes
+        engine = start_engine(folder, probes, **options)
+    yield Served(engine, reference, probes)
+    await engine.aclose()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def ranks(monkeypatch_module, start_engine, make_model) -> AsyncIterator[Served]:
-    folder, reference, probes = make_model(families(128, head_dim=32)["llama"], "float32")
-    monkeypatch_module.delenv("VLLM_CPU_OMP_THREADS_BIND")  # vLLM's own wants two NUMA nodes here
-    words = f"{TWO} {TRACED} --max-num-batched-tokens 64 --block-size 32"
-    options = {"max_num_seqs": 32, "max_waiting_requests": 100, "vllm_args": words}
-    engine = start_engine(folder, probes, **options)
-    yield Served(engine, reference, probes)
-    await engine.aclose()
+async def ranks(start_engine, make_model) -> AsyncIterator[Served]:
+    async with served(start_engine, make_model, TWO) as two:
+        yield two
 
 
 async def test_two_ranks_read_what_the_reference_reads(ranks):
@@ -65,12 +69,8 @@ async def test_a_pass_that_nobody_reads_gathers_nothing(ranks):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=[STAGES, f"{STAGES} {TWO}"])
 async def stages(request, start_engine, make_model) -> AsyncIterator[Served]:
-    folder, reference, probes = make_model(families(128, head_dim=32)["llama"], "float32")
-    words = f"{request.param} {TRACED} --max-num-batched-tokens 64 --block-size 32"
-    options = {"max_num_seqs": 32, "max_waiting_requests": 100, "vllm_args": words}
-    engine = start_engine(folder, probes, **options)
-    yield Served(engine, reference, probes)
-    await engine.aclose()
+    async with served(start_engine, make_model, request.param) as two:
+        yield two
 
 
 async def test_two_stages_read_what_the_reference_reads(stages):
