@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import typer
@@ -34,8 +35,16 @@ def train(**given: object) -> None:
     probe = given["to"] or run / "probe"
     print(
         f"look at {run / 'report.html'}\n"
-        f"serve it: python -m server {given['model']} --probe {probe}\n"
+        f"serve it: python -m server {given['model']} --probe {probe}{_as_loaded(given)}\n"
         f"share it: python -m offline push {probe} ORG/NAME"
+    )
+
+
+def _as_loaded(given: Mapping[str, object]) -> str:
+    """What a server must be told to load the model that the probe belongs to."""
+    said = {"dtype": given["model_dtype"], "revision": given["revision"]}
+    return "".join(
+        f" --{name} {value}" for name, value in said.items() if value not in (None, "auto")
     )
 
 

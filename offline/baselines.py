@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from offline.dataset import Dataset
-from offline.examples import Halves, token_rows
+from offline.examples import Stored, token_rows
 from offline.features import Features, FloatArray, IntArray
 from offline.fit_result import FitResult
 from offline.l1_path import standardise
@@ -52,6 +52,10 @@ def token_detectors(data: Dataset, result: FitResult) -> dict[str, TokenDetector
         "probe": lambda asked, rows: result.chosen.logits(asked, rows)[:, 0],
         "-logprob": lambda asked, rows: -asked.logprob[rows].astype(np.float64),
         "entropy": lambda asked, rows: asked.entropy[rows].astype(np.float64),
+        # Short answers end where long ones go on: much of "claims against prose" is free.
+        "place in the text, first is highest": lambda asked, rows: (
+            -asked.token[rows].astype(np.float64)
+        ),
     }
     for layer in features.header.residual_layers:
         model = _dense(features.residual(fitted, layer), wrong, units, weight=weight)
@@ -87,7 +91,7 @@ def random_neurons(data: Dataset, result: FitResult, rows: IntArray) -> Floats:
 
 
 def answer_detectors(
-    data: Dataset, answers: IntArray, *, seen: Halves, asked: Halves
+    data: Dataset, answers: IntArray, *, seen: Stored, asked: Stored
 ) -> dict[str, Floats]:
     """Name -> score of whole answers: what is free, and dense readers of the same pass.
 
@@ -109,7 +113,7 @@ def answer_detectors(
 
 
 def random_answer_neurons(
-    data: Dataset, result: FitResult, *, seen: Halves, asked: Halves
+    data: Dataset, result: FitResult, *, seen: Stored, asked: Stored
 ) -> Floats:
     """`[draws, answers]`: as many neurons as the probe has, drawn at random, fitted on answers."""
     random = np.random.default_rng(result.settings.seed)
@@ -159,7 +163,7 @@ def _residual_means(data: Dataset, answers: IntArray, layer: int) -> FloatArray:
     return np.asfortranarray(sums / sizes[:, None].astype(np.float32))
 
 
-def _dense_cett(seen: Halves, asked: Halves, wrong: Bools, units: list[str]) -> Floats:
+def _dense_cett(seen: Stored, asked: Stored, wrong: Bools, units: list[str]) -> Floats:
     """Every neuron: far more columns than rows, so the fit is done on the rows' inner products,
     which loses nothing (the solution of an L2 fit lies in the span of the rows)."""
     x = np.asfortranarray(seen, dtype=np.float32)

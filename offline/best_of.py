@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -16,38 +17,36 @@ import msgspec
 import numpy as np
 
 from offline.baselines import whole_statistics
-from offline.collect import Sampling
+from offline.collect import PAPER, Sampling
 from offline.dataset import Dataset, load_dataset
 from offline.features import IntArray
 from offline.fit_result import FitResult
 from offline.metrics import mean_of_positives
 from offline.mixtures import pooled
 from offline.questions import STYLES, Question, shuffle_key
-from offline.records import Answer, Label, RecordError
-from offline.shards import FeaturesHeader
-from offline.splits import assign
+from offline.records import Answer, Label, RecordError, read_labelled
+from offline.splits import Split, assign
 from offline.tables import table
 from offline.words import words
 from probes.card import EvaluationRow
 
 FOLDER = "samples"
 QUESTIONS = 100  # that are asked again
-TEMPERATURE = 1.0
 USABLE = 2  # judged samples, at least, of a question
 
 Chooser: TypeAlias = Callable[[IntArray], int]  # samples of a question -> which is answered with
 
 
-def sampling(samples: int, seed: int) -> Sampling:
+def sampling(samples: int, seed: int, max_tokens: int | None) -> Sampling:
     """The paper's way to draw."""
-    return Sampling(samples=samples, temperature=TEMPERATURE, top_p=0.9, top_k=50, seed=seed)
+    return replace(PAPER, samples=samples, seed=seed, max_tokens=max_tokens)
 
 
 def questions_again(
-    answers: Sequence[Answer], labels: Sequence[Label], *, transfer: frozenset[str], seed: int
+    answers: Sequence[Answer], labels: Sequence[Label], split: Split
 ) -> list[Question]:
     """Questions of the test part whose answer was judged; which ones, a hash decides."""
-    _, parts = assign(answers, transfer=transfer, seed=seed)
+    _, parts = assign(answers, split)
     judged = {label.id for label in labels if label.verdict in ("right", "wrong", "mixed")}
     chosen = {
         answer.question_id: answer
@@ -118,14 +117,23 @@ def best_of_rows(samples: Dataset, result: FitResult) -> Iterator[EvaluationRow]
         )
 
 
-def load_samples(run: Path, *, like: FeaturesHeader, seed: int) -> Dataset | None:
-    """The run within the run, or None when it was not made; RecordError when its features were
-    read otherwise than those of the answers, whose header is `like`."""
+def load_samples(run: Path, data: Dataset) -> Dataset | None:
+    """The run within the run, whose answers are `data`; None when it was not made. RecordError when
+    its features were read otherwise, or when one of its questions is not of the test part."""
     folder = run / FOLDER
     if not (folder / "labels.jsonl").exists():
         return None
-    data = load_dataset(folder, transfer=frozenset(), seed=seed)
-    found = data.features.header
+    samples = load_dataset(folder)
+    found, like = samples.features.header, data.features.header
     if found != msgspec.structs.replace(like, labels_sha256=found.labels_sha256):
         raise RecordError(f"{folder / 'features'} were read otherwise than the answers; `resample`")
-    return data
+    answers = read_labelled(run).answers
+    _, parts = assign(answers, data.split)
+    tested = {answer.question_id for answer in answers if parts[answer.id] == "test"}
+    for answer in samples.answers:
+        if answer.question_id not in tested:
+            raise RecordError(
+                f"{folder} holds samples of {answer.question_id!r}, which is not of the test part; "
+                f"delete the folder and `resample`"
+            )
+    return samples

@@ -50,7 +50,7 @@ class Sampling:
     temperature: float = 0.0  # 0 is greedy
     top_p: float = 1.0
     top_k: int = 0  # 0 is off
-    max_tokens: int | None = None  # None: what the style of the question allows
+    max_tokens: int | None = None  # of a question with accepted answers; None: by its style
     seed: int = 0
 
 
@@ -84,7 +84,7 @@ def missing(
     return [
         Ask(question, sample)
         for question in questions
-        for sample in range(samples)
+        for sample in range(samples if question.gold else 1)  # prose is not right or wrong
         if f"{question.id}/{sample}" not in done
     ]
 
@@ -217,7 +217,7 @@ async def _answer(client: ChatClient, ask: Ask, sampling: Sampling) -> Answer:
     name = f"question {question.id!r}"
     body: dict[str, object] = {
         "messages": [{"role": "user", "content": question.prompt}],
-        "max_tokens": sampling.max_tokens or question.max_tokens,
+        "max_tokens": (question.gold and sampling.max_tokens) or question.max_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "seed": _seed(question.id, sample, sampling.seed),

@@ -103,7 +103,7 @@ def outer_splits(data: Dataset, settings: FitSettings, count: int) -> Iterator[D
     judged = [
         i
         for i, answer in enumerate(data.answers)
-        if answer.gold and answer.source not in settings.transfer
+        if answer.gold and answer.source not in data.split.transfer
     ]
     units = [str(data.unit[data.first[i]]) for i in judged]
     fold = np.array(folds(units, count, seed=settings.seed))

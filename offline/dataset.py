@@ -13,7 +13,7 @@ from offline.choice import WRONG_PER_RIGHT_OF_GROUP, balance
 from offline.features import Features, IntArray, load_features
 from offline.records import Answer, Label, RecordError, read_labelled, sha256
 from offline.shards import Kind
-from offline.splits import Part, assign
+from offline.splits import Part, Split, assign
 
 Names = NDArray[np.str_]
 
@@ -32,6 +32,7 @@ class Dataset:
     part: Names
     unit: Names
     first: IntArray
+    split: Split
 
     def even_rows(self, part: Part, *kinds: Kind) -> IntArray:
         """Rows of `even` answers of a part whose token is of one of `kinds`."""
@@ -101,22 +102,21 @@ class Dataset:
         return np.array([self.labels[i].hallucinated for i in answers], dtype=np.bool_)
 
 
-def load_dataset(run: Path, *, transfer: frozenset[str], seed: int) -> Dataset:
-    """Join the files of a run; RecordError when they do not belong together."""
+def load_dataset(run: Path) -> Dataset:
+    """Join the files of a run, split as `label` was told; RecordError when they do not belong
+    together."""
     features = load_features(run / "features")
     if features.header.labels_sha256 != sha256(run / "labels.jsonl"):
         raise RecordError(f"{run / 'features'} was made from other labels; run `extract` again")
-    _, answers, _, labels = read_labelled(run)
-    return join(features, answers, labels, transfer=transfer, seed=seed)
+    _, answers, said, labels = read_labelled(run)
+    return join(features, answers, labels, Split.of(said))
 
 
 def join(
     features: Features,
     answers: Sequence[Answer],
     labels: Sequence[Label],
-    *,
-    transfer: frozenset[str],
-    seed: int,
+    split: Split,
 ) -> Dataset:
     """Rows with their answer, label and part. All answers are split, as `label` splits them: what
     gave no rows still counts among the groups of its source."""
@@ -126,7 +126,7 @@ def join(
     if missing:
         raise RecordError(f"features of {missing[0]!r} have no answer or label; extract again")
     kept = tuple(answer_of[id] for id in features.ids)
-    units, parts = assign(answers, transfer=transfer, seed=seed)
+    units, parts = assign(answers, split)
     counts = np.bincount(features.answer, minlength=len(kept))
     if (np.diff(features.answer) < 0).any() or (counts == 0).any():
         raise RecordError("the rows of an answer must stand together; extract again")
@@ -137,4 +137,5 @@ def join(
         part=np.array([parts[id] for id in features.ids])[features.answer],
         unit=np.array([units[id] for id in features.ids])[features.answer],
         first=np.concatenate([[0], np.cumsum(counts)]),
+        split=split,
     )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from offline.dataset import Dataset
-from offline.examples import Examples, Halves
+from offline.examples import Examples, Stored
 from offline.features import IntArray
 from offline.fit_result import ANSWER, FitResult
 from offline.heads import train
@@ -52,7 +52,7 @@ def places(data: Dataset) -> list[Place]:
 
 
 def alone(
-    data: Dataset, result: FitResult, examples: Examples, asked: Halves
+    data: Dataset, result: FitResult, examples: Examples, asked: Stored
 ) -> Iterator[tuple[str, Floats]]:
     """`(source, scores [answers])` of answer heads that saw one source only, with the same budget
     and penalty: is the mixture at least as good as the best of them?

@@ -10,15 +10,17 @@ server does. Baselines stand in the same tables on the same items. Intervals are
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 import numpy as np
+from tqdm import tqdm
 
 from offline import metrics
 from offline.baselines import (
     RANDOM,
+    TokenDetector,
     answer_detectors,
     random_answer_neurons,
     token_detectors,
@@ -35,9 +37,9 @@ from offline.given_rows import Given, given_rows
 from offline.metrics import Floats
 from offline.mixtures import JUDGED, claim_means, mixture, pooled, response_mixture
 from offline.records import Record, RecordError, read_record, write_atomic
-from offline.response_rows import gained, pooling_rows, response_rows, risk_rows
+from offline.response_rows import pooling_rows, response_rows, risk_rows
 from offline.shards import Kind
-from offline.tables import drawn, figure, has_both, ranked, table
+from offline.tables import drawn, figure, gained, has_both, ranked, table
 from offline.token_rows import token_tables
 from probes.calibration import calibrate
 from probes.card import EvaluationRow, ReliabilityBin
@@ -84,22 +86,10 @@ def evaluate(
     held_out = np.flatnonzero(np.isin(data.part, ("test", "transfer")))
     logits = np.full((len(data.part), len(result.chosen.heads)), np.nan)
     logits[held_out] = result.chosen.logits(data.features, held_out)  # nan: must not be asked for
-    everywhere = places(data)
-    scores = _answer_scores(data, result, logits, [place.answers for place in everywhere])
-    found: list[Found] = [*_folds(data, result)]
-    for place, score in zip(everywhere, scores, strict=True):
-        found += _answers(data, result, place, score)
-        if place.as_asked:
-            found += gained(data, place, score)
-            found += risk_rows(data, result, place, score["probe"])
-    detectors = token_detectors(data, result)
-    found += token_tables(data, result, detectors, logits[:, 0])
-    found += span_rows(data, logits[:, 0], result.token, result.span, result.token_points)
-    found += _claims(data, logits[:, 0])
-    found += given_rows(given, detectors) if given else ()
-    found += response_rows(data, result, logits[:, result.response_head])
-    found += pooling_rows(data, result, logits)
-    found += best_of_rows(samples, result) if samples else ()
+    stages = _stages(data, result, logits, given, samples)
+    found: list[Found] = []
+    for stage in tqdm(stages, unit="stage", desc="evaluate", disable=None):
+        found += stage()
     rows = tuple(row for row in found if isinstance(row, EvaluationRow))
     for row in rows:
         log.info("%-52s %-32s %-18s %.3f", row.dataset, row.detector, row.metric, row.value)
@@ -109,6 +99,42 @@ def evaluate(
         reliability=_reliability(data, result, logits),
         curves=tuple(row for row in found if isinstance(row, Curve)),
     )
+
+
+def _stages(
+    data: Dataset, result: FitResult, logits: Floats, given: Given | None, samples: Dataset | None
+) -> list[Callable[[], Iterable[Found]]]:
+    """What is evaluated, in the order of the card; each stage takes some seconds to a minute."""
+    tokens = logits[:, 0]
+    detectors: dict[str, TokenDetector] = {}
+
+    def of_tokens() -> Iterator[Found]:
+        detectors.update(token_detectors(data, result))
+        yield from token_tables(data, result, detectors, tokens)
+
+    return [
+        lambda: _folds(data, result),
+        lambda: _everywhere(data, result, logits),
+        of_tokens,
+        lambda: span_rows(data, tokens, result.token, result.span, result.token_points),
+        lambda: _claims(data, tokens),
+        lambda: given_rows(given, detectors) if given else (),
+        lambda: response_rows(data, result, logits[:, result.response_head]),
+        lambda: pooling_rows(data, result, logits),
+        lambda: best_of_rows(samples, result) if samples else (),
+    ]
+
+
+def _everywhere(data: Dataset, result: FitResult, logits: Floats) -> Iterator[Found]:
+    """Whole answers of every place."""
+    everywhere = places(data)
+    scores = _answer_scores(data, result, logits, [place.answers for place in everywhere])
+    for place, score in zip(everywhere, scores, strict=True):
+        yield from _answers(data, result, place, score)
+        if place.as_asked:
+            wrong, units = data.hallucinated(place.answers), data.unit[data.first[place.answers]]
+            yield from gained(f"answers, {place.name}", score, wrong, units)
+            yield from risk_rows(data, result, place, score["probe"])
 
 
 def _folds(data: Dataset, result: FitResult) -> Iterator[EvaluationRow]:
@@ -142,9 +168,10 @@ def _answer_scores(
     probe = pooled(data, logits[:, result.response_head], every, result.pooling)
     rivals = answer_detectors(data, every, seen=seen, asked=asked)
     surprise = rivals["-logprob_sum"]
+    first = np.searchsorted(every, sets[0])  # one scale, whichever sets come after it
     scores = {
         "probe": probe,
-        COMBINED: probe / probe.std() + surprise / surprise.std(),
+        COMBINED: probe / probe[first].std() + surprise / surprise[first].std(),
         **rivals,
         **{
             f"fitted on {name} alone": score for name, score in alone(data, result, examples, asked)
@@ -204,6 +231,7 @@ def _claims(data: Dataset, logits: Floats) -> Iterator[Found]:
     }
     for name, score in scores.items():
         yield from ranked(dataset, name, wrong, score, units)
+    yield from gained(dataset, scores, wrong, units)
 
 
 def _reliability(data: Dataset, result: FitResult, logits: Floats) -> tuple[ReliabilityBin, ...]:

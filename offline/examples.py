@@ -22,16 +22,16 @@ from offline.shards import Kind
 if TYPE_CHECKING:
     from offline.fit_result import FitSettings
 
-Halves: TypeAlias = NDArray[np.float16]
+Stored: TypeAlias = NDArray[np.float16] | NDArray[np.float32]
 
 BLOCK_ROWS = 2048  # tokens that are widened to float32 at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """x [examples, neurons] raw CETT, as it is stored; the rest [examples]."""
+    """x [examples, neurons] raw CETT, as exact as it is stored; the rest [examples]."""
 
-    x: Halves
+    x: Stored
     positive: Bools
     weight: IntArray  # how often an example counts
     unit: Names
@@ -150,7 +150,7 @@ def claim_examples(data: Dataset, *, around: bool) -> Examples:
     )
 
 
-def answer_means(data: Dataset, answers: IntArray) -> Halves:
+def answer_means(data: Dataset, answers: IntArray) -> Stored:
     """`[answers, neurons]`: mean CETT over all tokens of whole answers."""
     return _means(data.features, [data.rows_of(i) for i in answers])
 
@@ -160,11 +160,12 @@ def sample(rows: IntArray, most: int, *, seed: int) -> IntArray:
     return np.random.default_rng(seed).permutation(rows)[:most]
 
 
-def _means(features: Features, groups: Sequence[IntArray]) -> Halves:
+def _means(features: Features, groups: Sequence[IntArray]) -> Stored:
     """`[groups, neurons]`: mean over the rows of each group."""
     if not groups:
         raise RecordError("nothing to fit on: no answer is usable (see the counts of `label`)")
-    x = np.empty((len(groups), features.width), np.float16)
+    exact = np.float16 if features.header.dtype == "float16" else np.float32
+    x = np.empty((len(groups), features.width), exact)
     order = sorted(range(len(groups)), key=lambda i: int(groups[i][0]))  # as the shards lie
     for block in _blocks(order, groups):
         rows = np.concatenate([groups[i] for i in block])

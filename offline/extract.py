@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from offline.reader import Ids, Reader, Text, common_start
+from offline.reader import Ids, Reader, Rows, Text, common_start
 from offline.records import Answer, Label, RecordError, replacing
 from offline.shards import (
     SHARD_KEY,
@@ -216,6 +216,7 @@ def _write_shard(
         reader.read([Text(item.prompt, item.written) for item in batch], rows.part(start, stop))
         start = stop
         bar.update(sum(item.length for item in batch))
+    _require_finite(rows, items, counts)
     surprises = zip(
         torch.split(rows.logprob, counts), torch.split(rows.entropy, counts), strict=True
     )
@@ -229,6 +230,17 @@ def _write_shard(
     }
     with replacing(path) as temporary:
         save_file(tensors, temporary, {SHARD_KEY: msgspec.json.encode(info).decode()})
+
+
+def _require_finite(rows: Rows, items: Sequence[Item], counts: list[int]) -> None:
+    """RecordError names the first answer that the model overflowed at: a fit would end in it."""
+    finite = rows.cett.isfinite().all(1) & rows.residual.isfinite().all(-1).all(-1)
+    for item, of in zip(items, torch.split(finite, counts), strict=True):
+        if not of.all():
+            raise RecordError(
+                f"the model gives numbers that are not finite while it reads answer {item.id!r}; "
+                f"load it with another --model-dtype (bfloat16, float32)"
+            )
 
 
 def _whole(logprob: Tensor, entropy: Tensor) -> Tensor:

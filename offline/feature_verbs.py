@@ -143,6 +143,8 @@ def extract(
     part: PartOfShards = "1/1",
 ) -> None:
     """Read every neuron at every token of the labelled answers."""
+    from filelock import FileLock
+
     from offline import extract as verb
     from offline.given_text import given_texts
     from offline.models import load_model, load_tokenizer
@@ -165,7 +167,8 @@ def extract(
         if given:
             texts = given_texts(given, tokenizer.tokenizer, seed=int(said["split_seed"]))
             made = msgspec.structs.replace(header, kind="given", settings={})
-            write_records(out / "given.jsonl", made, texts)
+            with FileLock(out / ".lock-given"):  # processes that share the shards make it alike
+                write_records(out / "given.jsonl", made, texts)
             sets["given.jsonl"] = [text.item() for text in texts]
         for name, items in sets.items():
             verb.extract(
@@ -200,30 +203,32 @@ def resample(
     device_map: DeviceMap = None,
     residual_layer: ResidualLayers = None,
     seed: Seed = 0,
-    split_seed: SplitSeed = SPLIT_SEED,
-    transfer: Transfer = None,
+    paper: Paper = False,
+    max_tokens: MaxTokens = None,
     in_flight: InFlight = 32,
 ) -> None:
     """Ask some test questions several times: what choosing among samples gains."""
     from offline import best_of as verb
-    from offline.collect import ask_all
+    from offline.collect import PAPER, ask_all
     from offline.records import read_labelled
+    from offline.splits import Split
 
     if not best_of:
         return
-    _, answers, _, labels = read_labelled(out)
-    again = verb.questions_again(
-        answers, labels, transfer=frozenset(transfer or ()), seed=split_seed
-    )
+    _, answers, said, labels = read_labelled(out)
+    split = Split.of(said)
+    again = verb.questions_again(answers, labels, split)
     samples = out / verb.FOLDER
+    longest = max_tokens or (PAPER.max_tokens if paper else None)
     ask_all(
-        model, samples, again, verb.sampling(best_of, seed), base_url=base_url,
+        model, samples, again, verb.sampling(best_of, seed, longest), base_url=base_url,
         served_model=served_model, revision=revision, in_flight=in_flight, model_dtype=model_dtype,
         api_key=os.environ.get("OPENAI_API_KEY"),
     )  # fmt: skip
-    label(
-        model, samples, revision, judge=judge, judge_url=judge_url, judge_model=judge_model,
-        agree=0, wrong_per_right=0.0, in_flight=in_flight, split_seed=split_seed,
-        transfer=transfer,
+    label(  # whole answers: nobody looks for their claims, and what does so is not asked
+        model, samples, revision, judge=judge,
+        judge_url=judge_url if judge == "llm" else None,
+        judge_model=judge_model if judge in ("llm", "nli") else None,
+        agree=0, wrong_per_right=0.0, in_flight=in_flight, split_seed=split.seed,
     )  # fmt: skip
     extract(model, samples, revision, position, dtype, model_dtype, device_map, residual_layer)

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from tqdm import tqdm
 
 from offline.calibrate import choose_calibration
 from offline.dataset import Dataset
@@ -46,7 +47,7 @@ def fit(data: Dataset, settings: FitSettings) -> FitResult:
     budgets = [round(share * settings.max_neurons) for share in settings.budgets]
     drafts: list[list[list[Weights]]] = []  # [folds][budgets][penalties]
     held_out: Floats | None = None  # [rows, budgets, penalties, heads]
-    for number in range(settings.folds):
+    for number in tqdm(range(settings.folds), desc="fit", unit="fold", disable=None):
         kept = {
             head: np.array([home[unit] != number for unit in one.unit])
             for head, one in examples.items()
@@ -56,7 +57,6 @@ def fit(data: Dataset, settings: FitSettings) -> FitResult:
         if held_out is None:
             held_out = np.empty((len(rows), *read.shape[1:]))
         held_out[fold == number] = read
-        log.info("fold %d of %d is fitted", number + 1, settings.folds)
     assert held_out is not None
     trials, logits = _judge(data, settings, tuple(examples), rows, telling, held_out, drafts)
     best = choose(trials)

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 from offline.heads import HeadSettings, Weights
+from offline.l1_path import parse_solver
 from offline.records import Record, RecordError, read_record, write_atomic
 from offline.shards import FeaturesHeader
 from offline.splits import SPLIT_SEED
@@ -26,7 +27,6 @@ class FitSettings(Record, frozen=True, kw_only=True):
     """What decides a fit besides the data; recorded in the card."""
 
     seed: int = SPLIT_SEED  # of the split, the folds and what is drawn
-    transfer: tuple[str, ...] = ()  # sources that are only evaluated on
     max_neurons: int = 300  # of all heads together
     budgets: tuple[float, ...] = (0.25, 0.5, 1.0)  # shares of `max_neurons` that are tried
     folds: int = 5
@@ -41,6 +41,35 @@ class FitSettings(Record, frozen=True, kw_only=True):
     c: float = 1.0  # of the paper's designs
     token_default: str = "fpr_1"
     response_default: str = "fpr_10"
+
+
+NO_CHOICE = 0.0  # penalty of a head that was not fitted again with an L2 penalty
+
+
+def fit_settings(
+    design: str,
+    *,
+    seed: int,
+    solver: str | None = None,
+    max_neurons: int | None = None,
+    c: float | None = None,
+) -> FitSettings:
+    """The settings of a design with what is given in their place; RecordError for what it does not
+    know. The paper's designs choose nothing: one fit, with as many neurons as C leaves."""
+    known = parse_design(design)
+    if known == "tokens":
+        if c is not None:
+            raise RecordError("--c is of the paper's designs; --design tokens chooses by folds")
+        heads = HeadSettings(solver=parse_solver(solver or "skglm"))
+        return FitSettings(seed=seed, heads=heads, max_neurons=max_neurons or 300)
+    for name, value in (("solver", solver), ("max-neurons", max_neurons)):
+        if value is not None:
+            raise RecordError(
+                f"--{name} is not of --design {design}, which fits by liblinear and keeps what its "
+                f"C leaves; give --c, or --design tokens"
+            )
+    heads = HeadSettings(penalties=(NO_CHOICE,))
+    return FitSettings(seed=seed, design=known, heads=heads, budgets=(1.0,), c=c or 1.0)
 
 
 class Trial(Record, frozen=True, kw_only=True):

@@ -18,7 +18,7 @@ from offline.features import Features, load_features
 from offline.given_text import GivenText
 from offline.records import RecordError, read_records, sha256
 from offline.shards import FOLDERS, FeaturesHeader, Kind
-from offline.tables import ranked
+from offline.tables import gained, ranked
 from probes.card import EvaluationRow
 
 
@@ -62,14 +62,21 @@ def given_rows(given: Given, detectors: Mapping[str, TokenDetector]) -> Iterator
         wrong = np.array([wrong for _, wrong, _ in facts])
         sizes = [len(tokens) for *_, tokens in facts]
         units = np.array([id for id, *_ in facts])
-        for name, score in scores.items():
-            means = np.array([score[tokens].mean() for *_, tokens in facts])
-            every = np.concatenate([score[tokens] for *_, tokens in facts])
-            for level, judged_wrong, values, of in (
-                ("facts", wrong, means, units),
-                ("tokens", np.repeat(wrong, sizes), every, np.repeat(units, sizes)),
-            ):
-                dataset = f"given text, {level}: {kind}"
-                for row in ranked(dataset, name, judged_wrong, values, of):
+        means = {
+            name: np.array([score[tokens].mean() for *_, tokens in facts])
+            for name, score in scores.items()
+        }
+        every = {
+            name: np.concatenate([score[tokens] for *_, tokens in facts])
+            for name, score in scores.items()
+        }
+        for level, judged_wrong, values, of in (
+            ("facts", wrong, means, units),
+            ("tokens", np.repeat(wrong, sizes), every, np.repeat(units, sizes)),
+        ):
+            dataset = f"given text, {level}: {kind}"
+            for name, score in values.items():
+                for row in ranked(dataset, name, judged_wrong, score, of):
                     if isinstance(row, EvaluationRow):  # a chart of each would double the report
                         yield row
+            yield from gained(dataset, values, judged_wrong, of)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from offline.evasion import refuses
 from offline.judge import ABSTAINED, Case, Judgement
+from offline.models import digest_of_files
 from offline.records import Header, Verdict
 from offline.replies import Replies, reply
 from probes.errors import ModelError
@@ -54,8 +55,9 @@ class InferenceJudge:
         self._contradicted = _column(names, "contradiction", model)
         if torch.cuda.is_available():
             self._model.to("cuda")
+        weights = digest_of_files(Path(id)) if Path(id).is_dir() else revision
         self.name = f"inference by {id.rstrip('/').rpartition('/')[2]}@{revision}"
-        self._kept = Replies(folder, "inference", header, model=self.name)
+        self._kept = Replies(folder, "inference", header, model=self.name, weights=weights)
 
     def judge(self, cases: Sequence[Case]) -> list[Judgement]:
         """Refusals are found by rule: they would contradict everything."""

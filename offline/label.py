@@ -31,7 +31,7 @@ from offline.records import (
     sha256,
     write_records,
 )
-from offline.splits import SPLIT_SEED, assign
+from offline.splits import SPLIT_SEED, Split, assign
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,6 +70,12 @@ class LabelSettings:
         asks = "llm" in (self.judge, self.spans)
         if asks and not (self.judge_url and self.judge_model):
             raise RecordError("a judge or spans of llm need --judge-url and --judge-model")
+        if self.judge_url and not asks:
+            raise RecordError("--judge-url is asked by --judge llm or --spans llm alone; give one")
+        if self.judge_model and not asks and self.judge != "nli":
+            raise RecordError(
+                "--judge-model is of --judge llm, --judge nli or --spans llm; give one"
+            )
         if self.judge == "nli" and not self.judge_model:
             raise RecordError("--judge nli needs --judge-model, an inference model or its folder")
         if self.judge == "nli" and self.spans == "llm":
@@ -144,7 +150,8 @@ def spare(
 ) -> list[Label]:
     """Balanced where a probe is fitted; all that was asked where it is judged, since people do not
     ask in balance either."""
-    _, parts = assign(answers, transfer=frozenset(settings.transfer), seed=settings.split_seed)
+    split = Split(frozenset(settings.transfer), settings.split_seed)
+    _, parts = assign(answers, split)
     return [
         after if parts[answer.id] == "fit" else label
         for answer, label, after in zip(answers, before, balanced, strict=True)

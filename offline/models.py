@@ -76,12 +76,12 @@ def load_tokenizer(model: str, *, revision: str | None) -> LoadedTokenizer:
 def _revision(model: str, revision: str | None) -> str:
     """The commit that a hub id has just been read from; of a folder what its weights are."""
     if Path(model).is_dir():
-        return _digest_of_files(Path(model))
+        return digest_of_files(Path(model))
     cached = try_to_load_from_cache(model, "tokenizer_config.json", revision=revision)
     return Path(cached).parent.name if isinstance(cached, str) else ""
 
 
-def _digest_of_files(folder: Path) -> str:
+def digest_of_files(folder: Path) -> str:
     """FILES and a sha256 over configuration and weights: of each file its size and, since a fine-
     tune changes all of it, evenly spaced blocks. "" where there are no weights."""
     weights = sorted(folder.glob("*.safetensors"))

@@ -33,12 +33,15 @@ Paper = Annotated[
         "1, top_p .9, top_k 50, all of which agree; as many right as wrong answers",
     ),
 ]
-Samples = Annotated[int | None, typer.Option(min=1, help="answers per question (default 1)")]
+Samples = Annotated[
+    int | None, typer.Option(min=1, help="answers per question with answers (default 1)")
+]
 Temperature = Annotated[float | None, typer.Option(min=0, help="0 is greedy (default 0)")]
 TopP = Annotated[float | None, typer.Option(min=0, max=1, help="(default 1)")]
 TopK = Annotated[int | None, typer.Option(min=0, help="0 is off (default 0)")]
 MaxTokens = Annotated[
-    int | None, typer.Option(min=1, help="longest answer (default: by the style of the question)")
+    int | None,
+    typer.Option(min=1, help="longest answer to a question with answers (default: by its style)"),
 ]
 InFlight = Annotated[int, typer.Option(min=1, help="requests at a time")]
 JudgeName = Annotated[
@@ -104,8 +107,8 @@ BestOf = Annotated[
 Transfer = Annotated[
     list[str] | None, typer.Option(help="stem of a question file that is only evaluated on")
 ]
-Solver = Annotated[str, typer.Option(help="skglm, or liblinear for small models")]
-MaxNeurons = Annotated[int, typer.Option(min=1, help="neuron budget")]
+Solver = Annotated[str | None, typer.Option(help="skglm (default), or liblinear for small models")]
+MaxNeurons = Annotated[int | None, typer.Option(min=10, help="neuron budget (default 300)")]
 DesignName = Annotated[
     str | None,
     typer.Option(
@@ -114,7 +117,9 @@ DesignName = Annotated[
         "around them; the default with --paper)",
     ),
 ]
-C = Annotated[float, typer.Option(min=1e-6, help="of the paper's designs: liblinear's C")]
+C = Annotated[
+    float | None, typer.Option(min=1e-6, help="of the paper's designs: liblinear's C (default 1)")
+]
 Seed = Annotated[int, typer.Option(help="of sampling")]
 SplitSeed = Annotated[
     int, typer.Option(help="decides which relations and questions judge the probe, and its folds")

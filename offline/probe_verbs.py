@@ -25,41 +25,33 @@ from offline.options import (
     Revision,
     Run,
     Solver,
-    SplitSeed,
     To,
-    Transfer,
 )
 from offline.run_folder import holds_run
-from offline.splits import SPLIT_SEED
 
 
 @holds_run
 def fit(
     out: Run,
-    transfer: Transfer = None,
-    solver: Solver = "skglm",
-    max_neurons: MaxNeurons = 300,
-    split_seed: SplitSeed = SPLIT_SEED,
+    solver: Solver = None,
+    max_neurons: MaxNeurons = None,
     paper: Paper = False,
     design: DesignName = None,
-    c: C = 1.0,
+    c: C = None,
 ) -> None:
     """Fit, choose and calibrate a probe."""
     from offline import fit as verb
     from offline.dataset import load_dataset
-    from offline.fit_result import FitSettings, parse_design
-    from offline.heads import HeadSettings
-    from offline.l1_path import parse_solver
+    from offline.fit_result import fit_settings
 
-    settings = FitSettings(
-        seed=split_seed,
-        heads=HeadSettings(solver=parse_solver(solver)),
-        design=parse_design(design or ("3-vs-1" if paper else "tokens")),
-        c=c,
+    data = load_dataset(out)
+    settings = fit_settings(
+        design or ("3-vs-1" if paper else "tokens"),
+        seed=data.split.seed,
+        solver=solver,
         max_neurons=max_neurons,
-        transfer=tuple(transfer or ()),
+        c=c,
     )
-    data = load_dataset(out, transfer=frozenset(settings.transfer), seed=split_seed)
     verb.fit(data, settings).save(out / "fit.json")
 
 
@@ -73,11 +65,9 @@ def evaluate(out: Run) -> None:
     from offline.given_rows import load_given
 
     result = FitResult.load(out / "fit.json")
-    data = load_dataset(
-        out, transfer=frozenset(result.settings.transfer), seed=result.settings.seed
-    )
+    data = load_dataset(out)
     given = load_given(out, like=data.features.header)
-    samples = load_samples(out, like=data.features.header, seed=result.settings.seed)
+    samples = load_samples(out, data)
     verb.evaluate(data, result, given, samples).save(out / "evaluation.json")
 
 
@@ -103,9 +93,7 @@ def publish(
     from offline.models import load_model, load_tokenizer
 
     result = FitResult.load(out / "fit.json")
-    data = load_dataset(
-        out, transfer=frozenset(result.settings.transfer), seed=result.settings.seed
-    )
+    data = load_dataset(out)
     tokenizer = load_tokenizer(model, revision=revision)
     verb.publish(
         to or out / "probe",
@@ -143,9 +131,7 @@ def report(model: Model, out: Run, revision: Revision = None) -> None:
     from offline.report_page import render
 
     result = FitResult.load(out / "fit.json")
-    data = load_dataset(
-        out, transfer=frozenset(result.settings.transfer), seed=result.settings.seed
-    )
+    data = load_dataset(out)
     verb.make_report(
         out,
         result,

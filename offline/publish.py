@@ -120,12 +120,21 @@ def _is_there(folder: Path, probe: Probe) -> bool:
     RecordError when it holds another."""
     if not folder.exists():
         return False
-    found = Probe.load(folder).card
-    if msgspec.structs.replace(found, created="") != msgspec.structs.replace(
-        probe.card, created=""
-    ):
-        raise RecordError(f"{folder} holds another probe; choose a new folder with --to")
+    found, made = _lasting(Probe.load(folder).card), _lasting(probe.card)
+    differs = [name for name in found if found[name] != made[name]]
+    if differs:
+        raise RecordError(
+            f"{folder} holds another probe (other {', '.join(differs)}); choose a new folder with "
+            f"--to"
+        )
     return True
+
+
+def _lasting(card: ProbeCard) -> dict[str, object]:
+    """A card without when and by which of several commands it was written."""
+    training = {key: value for key, value in card.training.items() if key != "command"}
+    same = msgspec.structs.replace(card, created="", training=training)
+    return {name: getattr(same, name) for name in same.__struct_fields__}
 
 
 def training_facts(run: Path, result: FitResult, data: Dataset) -> dict[str, str]:
@@ -145,9 +154,7 @@ def training_facts(run: Path, result: FitResult, data: Dataset) -> dict[str, str
         "split": f"by relation where a source has ten or more, else by question: {TEST_SHARE:.0%} "
         f"for the test by a hash of the name, seed {result.settings.seed}; all else was fitted on "
         f"in {result.settings.folds} folds, whose held-out logits chose and calibrated",
-        "chosen": f"{len(result.chosen.columns)} neurons within {result.settings.max_neurons}, the "
-        "fewest within one standard error of the best; L2 penalty "
-        + ", ".join(f"{value:g} ({head})" for head, value in result.penalty.items()),
+        "chosen": _chosen(result),
         "found again": _found_again(result),
         "answers_sha256": sha256(run / "answers.jsonl"),
         "labels_sha256": sha256(run / "labels.jsonl"),
@@ -170,6 +177,17 @@ def training_facts(run: Path, result: FitResult, data: Dataset) -> dict[str, str
             f"{len(answered) - wrong} right, {wrong} wrong, {len(data.ordinary(part))} ordinary"
         )
     return facts
+
+
+def _chosen(result: FitResult) -> str:
+    settings, neurons = result.settings, len(result.chosen.columns)
+    if settings.design != "tokens":
+        return f"nothing: {neurons} neurons are what L1 on raw CETT at C = {settings.c:g} leaves"
+    return (
+        f"{neurons} neurons within {settings.max_neurons}, the fewest within one standard error of "
+        "the best; L2 penalty "
+        + ", ".join(f"{value:g} ({head})" for head, value in result.penalty.items())
+    )
 
 
 def _found_again(result: FitResult) -> str:

@@ -112,7 +112,7 @@ def read_questions(source: Source) -> list[Question]:
     """The chosen rows in an order that does not depend on the file's; RecordError names the row."""
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in sorted(_read_rows(source.path), key=lambda row: shuffle_key(row.id)):
-        groups[row.group].append(row)
+        groups[row.group or row.kind].append(row)
     stop = source.skip + source.per_group if source.per_group else None
     chosen = [row for rows in groups.values() for row in rows[source.skip : stop]]
     for row in chosen:

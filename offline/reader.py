@@ -37,7 +37,7 @@ class Rows(NamedTuple):
     """What was read at the written tokens of some texts, laid end to end; on the CPU."""
 
     cett: Tensor  # [rows, layers * neurons]
-    residual: Tensor  # [rows, chosen layers, hidden]
+    residual: Tensor  # [rows, chosen layers, hidden] float32: large models leave float16's range
     logprob: Tensor  # [rows] float32, nats, given what stands before the token
     entropy: Tensor  # [rows] float32, nats, likewise
 
@@ -83,11 +83,11 @@ class Reader:
         self._start = self._read_start()
 
     def empty(self, rows: int, dtype: torch.dtype) -> Rows:
-        """Room for so many rows; `cett` and `residual` in `dtype`."""
+        """Room for so many rows; `cett` in `dtype`."""
         width, hidden = len(self._ffns) * self._width, self._ffns[0].hidden_size
         return Rows(
             torch.empty(rows, width, dtype=dtype),
-            torch.empty(rows, len(self._residual_layers), hidden, dtype=dtype),
+            torch.empty(rows, len(self._residual_layers), hidden),
             torch.empty(rows),
             torch.empty(rows),
         )

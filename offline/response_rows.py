@@ -3,7 +3,7 @@ which pooling ranks them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -14,14 +14,10 @@ from offline.features import IntArray
 from offline.fit_result import FitResult
 from offline.metrics import Floats
 from offline.mixtures import POOLINGS, pooled, response_mixture
-from offline.tables import CALIBRATION, flagged, has_both, measured, table
+from offline.tables import CALIBRATION, flagged, has_both, table
 from probes.calibration import calibrate
 from probes.card import EvaluationRow
 from probes.spans import Pooling, flagged_runs
-
-# What has no row of its own there: the probe itself, what it is a part of, its own method on fewer
-# data, and random neurons, which are many draws.
-NO_RIVALS = ("probe", "random", "fitted on")
 
 
 def response_rows(data: Dataset, result: FitResult, logits: Floats) -> Iterator[EvaluationRow]:
@@ -54,17 +50,6 @@ def risk_rows(
     for name, of in (("right", ~wrong), ("wrong", wrong)):
         answers = f"{name} responses, {place.name}"
         yield from flagged(answers, result.response_points, risk[of], units[of])
-
-
-def gained(data: Dataset, place: Place, scores: Mapping[str, Floats]) -> Iterator[EvaluationRow]:
-    """AUROC of the probe less that of each rival, from the same resamples: their own intervals
-    overlap where the difference is certain, and the other way round."""
-    wrong, units = data.hallucinated(place.answers), data.unit[data.first[place.answers]]
-    rivals = {name: score for name, score in scores.items() if not name.startswith(NO_RIVALS)}
-    found = metrics.auroc_gained(wrong, scores["probe"], rivals, units)
-    dataset = f"probe less rival, answers, {place.name}"
-    for name, gain in found.items():
-        yield measured(dataset, name, "auroc_gained", gain)
 
 
 def pooling_rows(data: Dataset, result: FitResult, logits: Floats) -> Iterator[EvaluationRow]:

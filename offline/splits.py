@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from offline.records import Answer, RecordError
 from offline.words import words
@@ -26,6 +26,20 @@ MIN_GROUPS = 10
 OWN_SPLITS: dict[str, Part] = {"fit": "fit", "test": "test"}
 
 
+class Split(NamedTuple):
+    """What decides the parts. `label` is told it and writes it down; later verbs read it there, so
+    that no two of them can go by another one."""
+
+    transfer: frozenset[str] = frozenset()  # sources that are only evaluated on
+    seed: int = SPLIT_SEED
+
+    @classmethod
+    def of(cls, settings: Mapping[str, str]) -> Split:
+        """That of the header of a file of labels."""
+        names = settings["transfer"]
+        return cls(frozenset(names.split(",") if names else ()), int(settings["split_seed"]))
+
+
 def unit(answer: Answer, groups_of_source: int) -> str:
     """What may not be torn apart: the group where the source has enough of them, else the
     question, without case and punctuation."""
@@ -34,19 +48,25 @@ def unit(answer: Answer, groups_of_source: int) -> str:
     return plain(answer)
 
 
-def assign(
-    answers: Sequence[Answer], *, transfer: frozenset[str], seed: int
-) -> tuple[dict[str, str], dict[str, Part]]:
+def assign(answers: Sequence[Answer], split: Split) -> tuple[dict[str, str], dict[str, Part]]:
     """`(answer id -> unit, answer id -> part)`.
 
-    `transfer` names sources that are only evaluated on; of these, a question that another source
-    asks as well is excluded. So is, from the fit, a question that the test asks in another unit.
-    Answers to ordinary prompts follow the split that their file gives; without one a hash decides.
-    Deterministic in the answers, whatever their order.
+    Of the sources of `split.transfer`, a question that another source asks as well is excluded. So
+    is, from the fit, a question that the test asks in another unit. Answers to ordinary prompts
+    follow the split that their file gives; without one a hash decides. Deterministic in the
+    answers, whatever their order. RecordError for a source that nothing is of, and for a relation
+    that two sources share.
     """
+    transfer, seed = split
     groups: dict[str, set[str]] = defaultdict(set)
     for answer in answers:
         groups[answer.source].add(answer.group)
+    if unknown := sorted(transfer - groups.keys()):
+        raise RecordError(
+            f"--transfer {unknown[0]!r} is the stem of no question file that was asked; these are: "
+            f"{', '.join(sorted(groups))}"
+        )
+    _refuse_shared({name: of for name, of in groups.items() if name not in transfer})
     units = {
         answer.id: unit(answer, len(groups[answer.source])) if answer.gold else answer.question_id
         for answer in answers
@@ -73,6 +93,19 @@ def assign(
             parts[answer.id] = "excluded"
     check_disjoint(answers, units, parts)
     return units, parts
+
+
+def _refuse_shared(groups: Mapping[str, set[str]]) -> None:
+    """A unit is named after its source too: a relation of two sources would get two parts."""
+    source_of: dict[str, str] = {}
+    for source in sorted(name for name, of in groups.items() if len(of) >= MIN_GROUPS):
+        for group in sorted(groups[source]):
+            if (other := source_of.setdefault(group, source)) != source:
+                raise RecordError(
+                    f"the group {group!r} stands in {other!r} and in {source!r} and would be torn "
+                    f"apart by the split; put the questions of both into one file, or name their "
+                    f"groups differently"
+                )
 
 
 def check_disjoint(

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from tqdm import tqdm
 
 from offline.examples import Examples
 from offline.fit_result import TOKEN, FitSettings
@@ -29,14 +30,17 @@ def found_again(
     random = np.random.default_rng(settings.seed)
     count: Counter[int] = Counter()
     done = 0
-    for _ in range(2 * settings.resamples):
-        half = random.permutation(names)[: len(names) // 2]
-        kept = {head: np.isin(one.unit, half) for head, one in examples.items()}
-        if all(has_both(one.positive[kept[head]]) for head, one in examples.items()):
-            count.update(_columns_of(examples, kept, budget, settings))
-            done += 1
-        if done == settings.resamples:
-            return tuple(count[column] / done for column in columns)
+    silent = None if settings.resamples else True
+    with tqdm(total=settings.resamples, desc="halves", unit="fit", disable=silent) as bar:
+        for _ in range(2 * settings.resamples):
+            half = random.permutation(names)[: len(names) // 2]
+            kept = {head: np.isin(one.unit, half) for head, one in examples.items()}
+            if all(has_both(one.positive[kept[head]]) for head, one in examples.items()):
+                count.update(_columns_of(examples, kept, budget, settings))
+                done += 1
+                bar.update()
+            if done == settings.resamples:
+                return tuple(count[column] / done for column in columns)
     if settings.resamples:
         log.warning(
             "how stable the neurons are is not known: only %d of %d halves of the %d relations and "

@@ -61,7 +61,8 @@ def sweep(
     tokenizer = load_tokenizer(model, revision=revision)
     header = sweep_header(probe, sets, settings, model_id=short_name(model), tokenizer=tokenizer)
     folder, answers = out / "sweep", out / "sweep" / "answers.jsonl"
-    loaded = load_model(model, revision=revision, tokenizer=tokenizer)
+    dtype = probe.card.model.dtype  # another one would be another model to the probe
+    loaded = load_model(model, revision=revision, tokenizer=tokenizer, dtype=dtype)
     paths = {PROBED: probe_path} | load_or_make_controls(
         folder, probe, count=settings.controls, seed=settings.seed, loaded=loaded
     )
@@ -80,7 +81,9 @@ def sweep(
     lacking = missing(wanted, answers, header)
     if lacking:
         served = [str(path) for path in paths.values()]
-        child = child_server(model, revision=revision, in_flight=in_flight, probes=served)
+        child = child_server(
+            model, revision=revision, dtype=dtype, in_flight=in_flight, probes=served
+        )
         with nullcontext(base_url) if base_url else child as url:
             require_probes(url, probes, paths, api_key=api_key, trust_env=bool(base_url))
             asyncio.run(

@@ -31,6 +31,11 @@ CALIBRATION: dict[str, Metric] = {
 }
 
 
+# What has no row of its own there: the probe itself, what it is a part of, its own method on fewer
+# data, and random neurons, which are many draws.
+NO_RIVALS = ("probe", "random", "fitted on")
+
+
 def has_both(dataset: str, wrong: Bools) -> bool:
     """False, and the log says why, for a data set that lacks a class: it has no figures."""
     if metrics.has_both(wrong):
@@ -49,6 +54,16 @@ def ranked(
     within = metrics.auroc_within(wrong, score, units)
     if np.isfinite(within):  # undefined where each question is a unit of its own
         yield figure(dataset, detector, "auroc_within_units", within, len(wrong))
+
+
+def gained(
+    dataset: str, scores: Mapping[str, Floats], wrong: Bools, units: Names
+) -> Iterator[EvaluationRow]:
+    """AUROC of the probe less that of each rival, from the same resamples: their own intervals
+    overlap where the difference is certain, and the other way round."""
+    rivals = {name: score for name, score in scores.items() if not name.startswith(NO_RIVALS)}
+    for name, gain in metrics.auroc_gained(wrong, scores["probe"], rivals, units).items():
+        yield measured(f"probe less rival, {dataset}", name, "auroc_gained", gain)
 
 
 def drawn(

@@ -15,7 +15,7 @@ from offline.fit_result import FitResult
 from offline.metrics import Floats
 from offline.mixtures import JUDGED, mixture
 from offline.shards import Kind
-from offline.tables import CALIBRATION, drawn, flagged, has_both, ranked, table
+from offline.tables import CALIBRATION, drawn, flagged, gained, has_both, ranked, table
 from probes.calibration import calibrate
 from probes.card import EvaluationRow
 
@@ -72,6 +72,8 @@ def _ranked(
         for name, score in {**scores, f"probe, mean of {SMOOTHED} neighbours": smooth}.items():
             yield from ranked(dataset, name, wrong, score[chosen], units)
         yield from drawn(dataset, RANDOM, wrong, [draw[chosen] for draw in draws])
+        of_these = {name: score[chosen] for name, score in scores.items()}
+        yield from gained(dataset, of_these, wrong, units)
     yield from _risks(data, result, scores["probe"], rows, "token risk")
     others = rows[kind[rows] != Kind.WRONG]
     yield from _flagged(data, result, logits, "tokens that make no wrong claim", others)
@@ -95,6 +97,8 @@ def _elsewhere(
         if has_both(name, wrong):
             for detector, score in scores.items():
                 yield from ranked(name, detector, wrong, score[chosen], units)
+            of_these = {detector: score[chosen] for detector, score in scores.items()}
+            yield from gained(name, of_these, wrong, units)
     yield from _risks(data, result, scores["probe"], rows, f"token risk, {NEVER_TRAINED_ON}")
     for of, dataset in FLAGGED_KINDS.items():
         name = f"{dataset}, {NEVER_TRAINED_ON}"

@@ -73,8 +73,7 @@ def crossvalidate(
     from offline.fit_result import FitResult
 
     like = FitResult.load(out / "fit.json")
-    settings = like.settings
-    data = load_dataset(out, transfer=frozenset(settings.transfer), seed=settings.seed)
+    data = load_dataset(out)
     found = verb.crossvalidate(data, like, out, splits=splits)
     found.save(out / verb.FILE)
     typer.echo(verb.table(found))
@@ -128,15 +127,20 @@ def transfer(
     from offline.models import load_model, load_tokenizer
     from probes.probe import Probe
 
+    reader = Probe.load(probe)
+    dtype = reader.card.model.dtype
     tokenizer = load_tokenizer(sibling, revision=revision)
-    other = load_model(sibling, revision=revision, tokenizer=tokenizer, device_map=device_map)
+    other = load_model(
+        sibling, revision=revision, tokenizer=tokenizer, dtype=dtype, device_map=device_map
+    )
     own = None
     if model is not None:
         own = load_model(
             model,
             revision=model_revision,
             tokenizer=load_tokenizer(model, revision=model_revision),
+            dtype=dtype,
         )
     with locked(run):
-        found = verb.transfer(Probe.load(probe), other, run, own=own)
+        found = verb.transfer(reader, other, run, own=own)
     typer.echo(verb.table(found))

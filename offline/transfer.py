@@ -20,7 +20,6 @@ from offline import metrics
 from offline.dataset import Names, load_dataset
 from offline.extract import extract, make_items
 from offline.features import Features, IntArray, load_features
-from offline.fit_result import FitResult
 from offline.metrics import Bools, Floats
 from offline.models import LoadedModel
 from offline.records import Record, RecordError, write_atomic
@@ -82,10 +81,20 @@ def transfer(probe: Probe, sibling: LoadedModel, run: Path, *, own: LoadedModel 
     differs = require_sibling(probe, sibling.identity)
     if own is not None:
         match(probe, own.identity)
-    settings = FitResult.load(run / "fit.json").settings
-    data = load_dataset(run, transfer=frozenset(settings.transfer), seed=settings.seed)
-    if data.features.header.model.weights_fingerprint != probe.card.model.weights_fingerprint:
+    data = load_dataset(run)
+    header = data.features.header
+    if header.model.weights_fingerprint != probe.card.model.weights_fingerprint:
         raise RecordError(f"{run} holds features of another model than {probe.id}'s")
+    if header.labels_sha256 != probe.card.training.get("labels_sha256"):
+        raise RecordError(
+            f"{probe.id} was fitted on other labels than {run} holds, and may have seen what is "
+            f"tested there; give the run that made it"
+        )
+    if header.position != probe.card.position:
+        raise RecordError(
+            f"{probe.id} reads in the {probe.card.position} pass, the features of {run} were read "
+            f"in the {header.position} pass; give the run that made it"
+        )
     tested = {
         answer.id: str(data.unit[first])
         for answer, first in zip(data.answers, data.first[:-1], strict=True)
@@ -97,8 +106,8 @@ def transfer(probe: Probe, sibling: LoadedModel, run: Path, *, own: LoadedModel 
         end_tokens=sibling.end_tokens,
     )
     folder = run / "transfer" / Path(sibling.identity.model_id).name
-    header = msgspec.structs.replace(data.features.header, model=sibling.identity)
-    extract(sibling.model, items, folder / "features", header=header)
+    there = msgspec.structs.replace(header, model=sibling.identity)
+    extract(sibling.model, items, folder / "features", header=there)
     rows = [
         *_rows(probe, data.features, tested, detector="own model"),
         *_rows(probe, load_features(folder / "features"), tested, detector="sibling"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,6 +112,36 @@ def test_a_row_is_the_pass_that_was_fed_its_token(
         assert np.median(np.abs(features.cett(here) - expected) / (expected + 1e-3)) < 0.01
         if position == "read":
             assert features.cett(here).dtype == np.float32
+
+
+def test_what_a_large_model_writes_into_the_residual_stream_is_kept(
+    tmp_path: Path, tiny_model: LlamaForCausalLM, answers: list[Answer], labels: list[Label]
+) -> None:
+    """Gemma's activations leave float16's range: stored in it they are infinite, and the dense
+    rivals end in scikit-learn's words after hours."""
+    model = copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 2.0**20
+    extract(
+        model,
+        make_items(answers, labels, end_tokens=END),
+        tmp_path,
+        header=_header(model),
+    )
+    features = load_features(tmp_path)
+    layer = features.header.residual_layers[0]
+    assert np.abs(features.residual(np.arange(len(features.kind)), layer)).max() > 2**19
+
+
+def test_numbers_that_are_not_finite_are_refused_with_their_answer(
+    tmp_path: Path, tiny_model: LlamaForCausalLM, answers: list[Answer], labels: list[Label]
+) -> None:
+    items, model = make_items(answers, labels, end_tokens=END), copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf
+    with pytest.raises(RecordError, match=r"not finite while it reads answer '.*--model-dtype"):
+        extract(model, items, tmp_path, header=_header(model))
+    assert not list(tmp_path.glob("shard-*.safetensors"))
 
 
 def test_rows_say_what_their_token_is(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,18 +24,18 @@ from offline.evaluate import Evaluation, evaluate
 from offline.examples import Examples, answer_examples, claim_examples, token_examples
 from offline.features import load_features
 from offline.fit import _fold_of_units, choose, fit, make_examples, train_design
-from offline.fit_result import FitResult, FitSettings, Trial
+from offline.fit_result import TOKEN, FitResult, FitSettings, Trial, fit_settings
 from offline.given_rows import Given, given_rows
 from offline.given_text import Fact, GivenText
 from offline.heads import LOGIT_SPREAD, HeadSettings, find_columns, weigh
 from offline.l1_path import l1_path, standardise
 from offline.mixtures import pooled
-from offline.publish import publish
+from offline.publish import _chosen, publish
 from offline.records import Answer, Label, RecordError
 from offline.report import make_report
 from offline.response_rows import _worst_spans
 from offline.shards import SHARD_KEY, WHOLE, FeaturesHeader, Kind, ShardInfo
-from offline.splits import folds
+from offline.splits import Split, folds
 from offline.stability import found_again
 from probes.calibration import Platt, calibrate
 from probes.card import ModelIdentity
@@ -186,12 +187,23 @@ def test_best_of_n_answers_with_the_sample_of_the_lowest_risk(data: Dataset) -> 
     assert 0.2 < found["-logprob_mean"] < 0.8
 
 
-def test_nothing_of_the_test_part_reaches_the_result(data: Dataset) -> None:
-    """Changing every test row changes nothing: no leak from what judges the probe."""
-    before = fit(data, SETTINGS)
-    broken = data.features.kind.copy()
-    broken[data.part == "test"] = Kind.UNJUDGED
-    assert fit(with_kinds(data, broken), SETTINGS) == before
+def test_nothing_of_the_test_part_reaches_the_result(
+    data: Dataset, tmp_path: Path, make_answer: MakeAnswer
+) -> None:
+    """Other kinds, verdicts and numbers of every test row change nothing: no leak from what judges
+    the probe, be it through a scaler or the choice of columns."""
+    tested = data.part == "test"
+    turned = {"right": "wrong", "wrong": "right", "ordinary": "ordinary"}
+    labels = tuple(
+        _label(label.id, turned[label.verdict]) if tested[first] else label
+        for label, first in zip(data.labels, data.first[:-1], strict=True)
+    )
+    other = _dataset(tmp_path / "other", make_answer, noise=np.flatnonzero(tested))
+    kind = np.where(tested, Kind.UNJUDGED, data.features.kind)
+    assert np.array_equal(other.part, data.part)
+    assert other.features.cett(np.flatnonzero(tested)).mean() > 5
+    broken = dataclasses.replace(with_kinds(other, kind), labels=labels)
+    assert fit(broken, SETTINGS) == fit(data, SETTINGS)
 
 
 def test_risks_are_calibrated_by_probes_that_did_not_see_the_rows(data: Dataset) -> None:
@@ -210,6 +222,24 @@ def test_risks_are_calibrated_by_probes_that_did_not_see_the_rows(data: Dataset)
     rows = noise.even_rows("fit", Kind.WRONG, Kind.RIGHT)
     risk = calibrate(result.token, result.chosen.logits(noise.features, rows)[:, 0])
     assert risk[noise.features.kind[rows] == Kind.WRONG].mean() < 0.75
+
+
+def test_the_papers_design_chooses_nothing_and_refuses_what_it_does_not_know(data: Dataset) -> None:
+    """Its card would else tell of a budget, a choice and a penalty that nobody used."""
+    result = fit(data, fit_settings("1-vs-1", seed=0, c=300.0))
+    assert [trial.neurons for trial in result.trials] != []
+    assert len(result.trials) == 1
+    assert result.penalty == {TOKEN: 0}
+    assert re.match(
+        r"nothing: \d+ neurons are what L1 on raw CETT at C = 300 leaves", _chosen(result)
+    )
+    for given, message in (
+        ({"design": "3-vs-1", "max_neurons": 50}, "--max-neurons is not of --design 3-vs-1"),
+        ({"design": "1-vs-1", "solver": "skglm"}, "--solver is not of --design 1-vs-1"),
+        ({"design": "tokens", "c": 1.0}, "--c is of the paper's designs"),
+    ):
+        with pytest.raises(RecordError, match=message):
+            fit_settings(seed=0, **given)  # type: ignore[arg-type]
 
 
 def test_each_head_sees_its_own_examples_and_right_claims_weigh_what_the_settings_say(
@@ -299,9 +329,7 @@ def test_a_method_without_a_score_leaves_a_file_that_can_be_read(tmp_path: Path)
 
 def test_settings_and_result_come_back_from_their_file(data: Dataset, tmp_path: Path) -> None:
     """Trap 11: two of the reference's flags could not be switched off."""
-    settings = FitSettings(
-        seed=3, transfer=("nq",), heads=HeadSettings(solver="liblinear"), max_neurons=17
-    )
+    settings = FitSettings(seed=3, heads=HeadSettings(solver="liblinear"), max_neurons=17)
     result = msgspec.structs.replace(fit(data, SETTINGS), settings=settings)
     result.save(tmp_path / "fit.json")
     assert FitResult.load(tmp_path / "fit.json") == result
@@ -498,7 +526,7 @@ def test_answers_without_rows_count_among_the_groups_of_their_source(
         )
         for i in range(4)
     ]
-    joined = join(data.features, [*seen, *unused], data.labels, transfer=frozenset(), seed=0)
+    joined = join(data.features, [*seen, *unused], data.labels, Split(seed=0))
     assert {unit for unit in joined.unit if unit.startswith("wiki")} == {
         f"wiki/r{i}" for i in range(6)
     }
@@ -526,10 +554,16 @@ def with_kinds(data: Dataset, kind: np.ndarray) -> Dataset:
     return dataclasses.replace(data, features=dataclasses.replace(data.features, kind=kind))
 
 
-def _dataset(folder: Path, make_answer: MakeAnswer, *, ordinary: int = 9) -> Dataset:
+def _dataset(
+    folder: Path,
+    make_answer: MakeAnswer,
+    *,
+    ordinary: int = 9,
+    noise: Sequence[int] | np.ndarray = (),
+) -> Dataset:
     """40 relations of 6 answers of 5 tokens, the last of them the claim; and ordinary answers.
 
-    Planted neurons fire on the claims of wrong answers only.
+    Planted neurons fire on the claims of wrong answers only; rows of `noise` hold other numbers.
     """
     random = np.random.default_rng(0)
     answers: list[Answer] = []
@@ -554,6 +588,9 @@ def _dataset(folder: Path, make_answer: MakeAnswer, *, ordinary: int = 9) -> Dat
     kind = np.concatenate(kinds)
     cett = random.gamma(2.0, 0.01, (len(kind), LAYERS * WIDTH)).astype(np.float32)
     cett[np.ix_(kind == Kind.WRONG, PLANTED)] += 0.05
+    cett[np.array(noise, np.int64)] = 10 * np.random.default_rng(1).random(
+        (len(noise), cett.shape[1])
+    )
     counts = [len(one) for one in kinds]
     header = FeaturesHeader(
         model=ModelIdentity(
@@ -584,7 +621,7 @@ def _dataset(folder: Path, make_answer: MakeAnswer, *, ordinary: int = 9) -> Dat
         folder / "shard-00000.safetensors",
         {SHARD_KEY: msgspec.json.encode(info).decode()},
     )
-    return join(load_features(folder), answers, labels, transfer=frozenset(), seed=0)
+    return join(load_features(folder), answers, labels, Split(seed=0))
 
 
 def _label(id: str, verdict: str) -> Label:

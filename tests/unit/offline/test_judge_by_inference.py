@@ -115,6 +115,16 @@ def test_a_refusal_is_found_by_rule_and_verdicts_are_kept(
     assert again.judge([refusal, CASE]) == first[::-1]
 
 
+def test_another_model_in_a_folder_of_that_name_is_asked_anew(
+    tmp_path: Path, header: Header
+) -> None:
+    """Verdicts are kept by what judged, not by what its folder is called."""
+    folder = _save(tmp_path / "nli", "contradiction")
+    assert _judge(folder, tmp_path, header).judge([CASE])[0].verdict == "wrong"
+    folder = _save(tmp_path / "nli", "entailment")
+    assert _judge(folder, tmp_path, header).judge([CASE])[0].verdict == "right"
+
+
 def test_what_is_no_inference_model_is_refused(tmp_path: Path, header: Header) -> None:
     """A sentiment classifier would label everything, and nobody would see it."""
     folder = _save(tmp_path / "mood", None, ("negative", "positive"))

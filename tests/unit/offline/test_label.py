@@ -16,7 +16,7 @@ from offline.judge import ABSTAINED, Case, by_alias
 from offline.label import LabelSettings
 from offline.models import LoadedTokenizer
 from offline.records import Answer, Header, Label, RecordError, read_records, write_records
-from offline.splits import assign
+from offline.splits import Split, assign
 
 MakeAnswer = Callable[..., Answer]
 
@@ -331,7 +331,7 @@ def test_what_judges_the_probe_keeps_all_that_was_asked(
     settings = verb.LabelSettings(wrong_per_right=1.0)
     even = choice.balance(answers, labels, wrong_per_right=1.0, right_per_wrong=0)
     kept = verb.spare(answers, labels, even, settings)
-    _, parts = assign(answers, transfer=frozenset(), seed=settings.split_seed)
+    _, parts = assign(answers, Split(seed=settings.split_seed))
     dropped = {label.id for label in kept if label.dropped}
     assert len(dropped) > 50
     assert {parts[id] for id in dropped} == {"fit"}
@@ -374,6 +374,8 @@ def test_the_paper_rule_is_one_flag_and_each_part_of_it_can_be_said_otherwise() 
             {"judge": "nli", "spans": "llm", "judge_url": "u", "judge_model": "m"},
             "two models",
         ),
+        ({"judge_url": "u", "judge_model": "m"}, "--judge-url is asked by --judge llm or"),
+        ({"judge": "exact", "judge_model": "m"}, "--judge-model is of --judge llm"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, str], message: str) -> None:

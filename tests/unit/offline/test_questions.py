@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,16 @@ def test_two_styles_ask_different_rows_of_every_group(wiki: Path) -> None:
     assert len(first) == len(second) == 8
     assert not {q.question for q in first} & {q.question for q in second}
     check_unique([*first, *second])
+
+
+def test_kinds_of_prompts_are_groups(tmp_path: Path) -> None:
+    """So many rows of each, not in all: one kind would be most of what is taken for prose."""
+    rows: list[dict[str, object]] = [
+        {"id": f"p{i}", "prompt": f"Tell {i}", "kind": f"k{i % 3}"} for i in range(12)
+    ]
+    path = _write(tmp_path / "prompts.jsonl", rows)
+    found = read_questions(Source.parse(f"{path}:ordinary:2"))
+    assert Counter(question.group for question in found) == {"k0": 2, "k1": 2, "k2": 2}
 
 
 def test_the_choice_does_not_depend_on_the_order_of_the_file(wiki: Path) -> None:

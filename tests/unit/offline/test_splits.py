@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
 from offline.records import Answer, RecordError
-from offline.splits import TEST_SHARE, assign, check_disjoint, folds
+from offline.splits import TEST_SHARE, Split, assign, check_disjoint, folds
 
 MakeAnswer = Callable[..., Answer]
 
@@ -27,7 +28,7 @@ def _relations(make_answer: MakeAnswer) -> list[Answer]:
 def test_relations_are_whole_across_styles_and_shares_hold(make_answer: MakeAnswer) -> None:
     """Trap 18: the reference draws train and test ids independently; its sets overlap."""
     answers = _relations(make_answer)
-    units, parts = assign(answers, transfer=frozenset(), seed=0)
+    units, parts = assign(answers, Split(seed=0))
     of_relation: dict[str, set[str]] = {}
     for answer in answers:
         of_relation.setdefault(answer.group, set()).add(parts[answer.id])
@@ -41,9 +42,9 @@ def test_relations_are_whole_across_styles_and_shares_hold(make_answer: MakeAnsw
 def test_more_answers_move_no_relation_into_another_part(make_answer: MakeAnswer) -> None:
     """What was once in the test was never looked at, and must stay where it is."""
     answers = _relations(make_answer)
-    few, many = (assign(a, transfer=frozenset(), seed=0)[1] for a in (answers[:20], answers))
+    few, many = (assign(a, Split(seed=0))[1] for a in (answers[:20], answers))
     assert all(many[id] == part for id, part in few.items())
-    other = assign(answers, transfer=frozenset(), seed=1)[1]
+    other = assign(answers, Split(seed=1))[1]
     assert other != many
 
 
@@ -69,7 +70,7 @@ def test_a_source_of_few_groups_is_split_by_normalised_question(make_answer: Mak
         make_answer(question=text, id=f"trivia/ask/q{i}/0", group="tc", source="trivia")
         for i, text in enumerate(texts)
     ]
-    units, parts = assign(answers, transfer=frozenset(), seed=0)
+    units, parts = assign(answers, Split(seed=0))
     assert units[answers[0].id] == units[answers[1].id]
     assert parts[answers[0].id] == parts[answers[1].id]
     assert set(parts.values()) == {"fit", "test"}
@@ -77,9 +78,7 @@ def test_a_source_of_few_groups_is_split_by_normalised_question(make_answer: Mak
 
 def test_the_split_does_not_depend_on_the_order_of_answers(make_answer: MakeAnswer) -> None:
     answers = _relations(make_answer)
-    assert assign(answers, transfer=frozenset(), seed=3) == tuple(
-        map(dict, assign(answers[::-1], transfer=frozenset(), seed=3))
-    )
+    assert assign(answers, Split(seed=3)) == tuple(map(dict, assign(answers[::-1], Split(seed=3))))
 
 
 def test_a_leak_is_an_error(make_answer: MakeAnswer) -> None:
@@ -93,6 +92,34 @@ def test_a_leak_is_an_error(make_answer: MakeAnswer) -> None:
         )
 
 
+def test_a_transfer_source_that_nobody_asked_is_refused(make_answer: MakeAnswer) -> None:
+    """`--transfer nq.jsonl`, for a stem, would fit on what is never to be trained on."""
+    answers = _relations(make_answer)
+    with pytest.raises(RecordError, match=r"'wiki\.jsonl' is the stem of no .* these are: wiki$"):
+        assign(answers, Split(frozenset({"wiki.jsonl"})))
+
+
+def test_a_relation_of_two_sources_is_refused(make_answer: MakeAnswer) -> None:
+    """Each source would draw a part of its own: the relation would be fitted on and tested on.
+    Sources without enough groups, and those that are only evaluated on, share what they like."""
+    wiki = _relations(make_answer)
+    copy = [msgspec.structs.replace(a, id=f"copy/{a.id}", source="copy") for a in wiki]
+    with pytest.raises(RecordError, match=r"'r0' stands in 'copy' and in 'wiki'.*one file"):
+        assign([*wiki, *copy], Split())
+    assign([*wiki, *copy], Split(frozenset({"copy"})))
+    few = [a for a in copy if a.group in ("r0", "r1")]
+    assign([*wiki, *few], Split())
+
+
+def test_later_verbs_split_by_what_the_labels_say() -> None:
+    """Told again, `fit` could be told otherwise, and fit on what `label` kept for the test."""
+    assert Split.of({"transfer": "", "split_seed": "7", "judge": "alias"}) == Split(seed=7)
+    assert Split.of({"transfer": "nq,movies", "split_seed": "1"}) == (
+        frozenset({"nq", "movies"}),
+        1,
+    )
+
+
 def test_a_transfer_question_that_is_also_fitted_on_is_excluded(make_answer: MakeAnswer) -> None:
     """NQ-Open and TriviaQA share a question; counted as transfer it would be a leak."""
     answers = [
@@ -100,19 +127,19 @@ def test_a_transfer_question_that_is_also_fitted_on_is_excluded(make_answer: Mak
         make_answer(question="who wrote hamlet", id="nq/ask/1/0", source="nq"),
         make_answer(question="who wrote emma", id="nq/ask/2/0", source="nq"),
     ]
-    parts = assign(answers, transfer=frozenset({"nq"}), seed=0)[1]
+    parts = assign(answers, Split(frozenset({"nq"}), 0))[1]
     assert [parts[answer.id] for answer in answers][1:] == ["excluded", "transfer"]
 
 
 def test_a_question_of_two_groups_stays_in_the_test_alone(make_answer: MakeAnswer) -> None:
     """Question files repeat themselves; a run must not end in `label` for it, when all is asked."""
     answers = _relations(make_answer)
-    parts = assign(answers, transfer=frozenset(), seed=0)[1]
+    parts = assign(answers, Split(seed=0))[1]
     fitted, tested = (next(a for a in answers if parts[a.id] == part) for part in ("fit", "test"))
     twin = make_answer(
         question=tested.question.upper(), id="wiki/ask/twin/0", group=fitted.group, source="wiki"
     )
-    parts = assign([*answers, twin], transfer=frozenset(), seed=0)[1]
+    parts = assign([*answers, twin], Split(seed=0))[1]
     assert (parts[twin.id], parts[tested.id], parts[fitted.id]) == ("excluded", "test", "fit")
 
 
@@ -122,14 +149,14 @@ def test_ordinary_prompts_follow_their_file_or_a_hash(make_answer: MakeAnswer) -
         make_answer("x", f"Tell {split}", (), id=f"p/ordinary/{split}/0", split=split)
         for split in ("fit", "test")
     ]
-    assert list(assign(answers, transfer=frozenset(), seed=0)[1].values()) == ["fit", "test"]
+    assert list(assign(answers, Split(seed=0))[1].values()) == ["fit", "test"]
     texts = [f"Tell me about {letter}" for letter in "abcdefghijklmnopqrstuvwxyz"] * 2
     drawn = [
         make_answer("x", text, (), id=f"p/ordinary/{i}/0", source="p")
         for i, text in enumerate(texts)
     ]
-    parts = list(assign(drawn, transfer=frozenset(), seed=0)[1].values())
+    parts = list(assign(drawn, Split(seed=0))[1].values())
     assert set(parts) == {"fit", "test"}
     assert parts[:26] == parts[26:]  # or the same prompt would be fitted on and judge
     with pytest.raises(RecordError, match="nowhere"):
-        assign([make_answer("x", "T", (), split="nowhere")], transfer=frozenset(), seed=0)
+        assign([make_answer("x", "T", (), split="nowhere")], Split(seed=0))
