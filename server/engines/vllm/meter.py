@@ -89,6 +89,13 @@ class _Step(NamedTuple):
     rows: Tensor  # all of them, in one
 
 
+def upload(numbers: Sequence[int], beside: Tensor) -> Tensor:
+    """`numbers` as int64 on the device of `beside`. From memory that may be swapped out the copy
+    would wait for all that the device still has to do, and async scheduling for nothing."""
+    here = torch.tensor(numbers, dtype=torch.int64, pin_memory=beside.is_cuda)
+    return here.to(beside.device, non_blocking=True)
+
+
 class WorkerMeter:
     """The meter of one rank. Calls come in order: `learn`, `begin`, `read`.
 
@@ -150,9 +157,7 @@ class WorkerMeter:
             taken = 0 if order is None else count if order.whole_prompt else 1 + drafted
             spans.append((end - taken, end))
         rows = [row for first, last in spans for row in range(first, last)]
-        device = self._buffers.cett.device
-        taken_rows = torch.tensor(rows, dtype=torch.int64).to(device)
-        return _Step(request_ids, counts, drafts, orders, spans, taken_rows)
+        return _Step(request_ids, counts, drafts, orders, spans, upload(rows, self._buffers.cett))
 
     def _fill_in_doses(self, orders: Sequence[Order | None], counts: Sequence[int]) -> None:
         dosed = any(order is not None and order.alpha != 1 for order in orders)

@@ -17,6 +17,8 @@ from vllm.platforms import current_platform
 from vllm.v1.sample import rejection_sampler
 from vllm.v1.worker import gpu_model_runner
 
+from server.engines.vllm.meter import upload
+
 
 def repair(runner: Any) -> None:
     """Once, when the model of vLLM's model runner is loaded."""
@@ -53,7 +55,7 @@ def nans_by_request(runner: Any) -> Callable[[Tensor], Tensor]:
         rows = rows_with_nans(logits)
         if not sizes:
             return rows
-        owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(rows.device)
+        owner = upload([i for i, size in enumerate(sizes) for _ in range(size)], rows)
         return rows.new_zeros(len(sizes)).index_add_(0, owner, rows)
 
     runner._sample = noting_sizes
