@@ -39,9 +39,12 @@ def run(arguments: Sequence[str]) -> int:
     try:
         settings = read_settings(arguments)
         configure_logging(settings.log_level)
-        from server.serve import serve  # torch: seconds that --help and a typo need not wait
+        from server.process import signals_while_loading
 
-        return serve(settings, announce=lambda line: print(line, flush=True))
+        with signals_while_loading():
+            from server.serve import serve  # torch: seconds that --help and a typo need not wait
+
+            return serve(settings, announce=lambda line: print(line, flush=True))
     except HNeuronsError as error:
         print(f"hneurons: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_PROBE if isinstance(error, ProbeError) else EXIT_REFUSED

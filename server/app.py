@@ -40,6 +40,7 @@ def create_api(service: Service, lifecycle: Lifecycle, *, openapi: bool = True) 
         openapi_url="/openapi.json" if openapi else None,
         docs_url=None,  # the UI loads scripts from a foreign origin
         redoc_url=None,
+        redirect_slashes=False,  # to an address made of the client's Host header
     )
     api.state.service = service
     api.state.lifecycle = lifecycle
@@ -85,7 +86,7 @@ def create_app(
             app,
             allow_origins=allowed_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id"],
+            allow_headers=["*"],  # OpenAI's client adds a dozen of its own; the origin is the gate
             expose_headers=["x-request-id", "retry-after"],
         )
     return App(asgi=Edge(app, metrics=service.metrics), gate=gate)

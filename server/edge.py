@@ -29,6 +29,7 @@ _REFUSALS = {
     429: "overloaded",
     503: "unavailable",
 }
+FAILED = "failed"  # key of the log line: why a request that was accepted could not be finished
 _CLIENT_GONE = 499  # nobody reads that answer; counted as an abort where it happens
 _QUIET_ROUTES = frozenset({"/livez", "/readyz", "/metrics"})
 _SECURITY_HEADERS = {
@@ -79,7 +80,7 @@ class Edge:
             if status == 0:
                 await to_api_error(error).response()(scope, receive, send_with_headers)
         finally:
-            if status >= 400 and status != _CLIENT_GONE:
+            if status >= 400 and status != _CLIENT_GONE and FAILED not in record:
                 word = "failed" if status == 500 else "invalid_request"
                 self.metrics.request_rejected(_REFUSALS.get(status, word))
             _log_request(scope, status, started, request_id, record)

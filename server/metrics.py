@@ -47,7 +47,7 @@ _RISK = tuple(round(0.05 * step, 2) for step in range(1, 21))
 ENDPOINTS = ("chat_completions", "completions", "risk")
 FAILURES = (
     *("engine_dead", "engine_error", "internal_error", "monitor_failed", "no_finish"),
-    *("nonfinite_logits", "slow_client"),
+    *("nonfinite_logits", "overloaded", "slow_client"),
 )
 ABORTS = ("disconnect", "slow_client")
 ACTIONS = ("stopped", "withheld", "retried")

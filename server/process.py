@@ -61,6 +61,24 @@ def _why(error: Exception, address: str) -> str:
     return f"cannot listen on {address}: {reason}; choose another --host or --port"
 
 
+@contextmanager
+def signals_while_loading() -> Iterator[None]:
+    """What signals mean before the listener, with its own handlers, is there. SIGTERM ends the
+    process: as the first one of a container it would ignore it, and be ready minutes later. SIGHUP
+    asks for what is being loaded anyway."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(0)
+
+    term = signal.signal(signal.SIGTERM, stop)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, term)
+        signal.signal(signal.SIGHUP, hangup)
+
+
 class Listener(uvicorn.Server):
     """A uvicorn server that leaves the process's signals alone."""
 

@@ -95,7 +95,9 @@ async def _run(
         drain_delay=settings.drain_delay,
         drain_timeout=settings.drain_timeout,
         on_ready=lambda: listening.announce(
-            _ready_line(settings, service, listening.main, playground=playground)
+            _ready_line(
+                settings, service, listening.main, playground=playground, needs_key=bool(hashes)
+            )
         ),
     )
     reload = Reload(service, find=lambda: find_probes(settings), open_now=app.gate.open_now)
@@ -170,12 +172,17 @@ async def _close(engine: Engine) -> None:
 
 
 def _ready_line(
-    settings: Settings, service: Service, bound: socket.socket, *, playground: bool
+    settings: Settings,
+    service: Service,
+    bound: socket.socket,
+    *,
+    playground: bool,
+    needs_key: bool,
 ) -> str:
     """Where to look and what to type."""
     scheme = "http" if settings.ssl_certfile is None else "https"
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
-    address = f"{scheme}://{host}:{bound.getsockname()[1]}{settings.root_path}"
+    address = f"{scheme}://{host}:{bound.getsockname()[1]}"  # not through a proxy: no root_path
     request: dict[str, object] = {
         "model": service.model_name,
         "messages": [{"role": "user", "content": "Who wrote Hamlet?"}],
@@ -183,7 +190,8 @@ def _ready_line(
     if service.default_probe is not None:
         request["risk"] = True
     page = f"playground: {address}/   " if playground else ""
+    key = "-H 'Authorization: Bearer KEY' " if needs_key else ""
     return (
         f"hneurons is ready   {page}try: curl {address}/v1/chat/completions "
-        f"-H 'Content-Type: application/json' -d '{json.dumps(request)}'"
+        f"{key}-H 'Content-Type: application/json' -d '{json.dumps(request)}'"
     )

@@ -35,7 +35,9 @@ class BadSettingsError(HNeuronsError):
 
 
 def _split(value: object) -> object:
-    return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    return tuple(word for part in value.split(",") if (word := part.strip()))
 
 
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]  # repeat, or comma-separated

@@ -20,6 +20,7 @@ from server.api.objects import Writer, usage
 from server.api.schemas import ChatRequest, CompletionRequest
 from server.api.sse import DONE, KEEP_ALIVE, ClientGoneError, EventStream, event, unless_gone
 from server.api.token_objects import JSON
+from server.edge import FAILED
 from server.engines.base import EngineOverloadedError, Step
 from server.metrics import Metrics
 from server.monitor import RiskSummary, Token
@@ -113,6 +114,7 @@ class _Run:
     ) -> None:
         self._service = service
         self._request_id, self._traceparent = origin_of(request)
+        self._record = record_of(request)
         self._orders = orders
         self._endpoint = endpoint
         self._prompt_tokens = prompt_tokens
@@ -186,6 +188,7 @@ class _Run:
     ) -> AsyncGenerator[list[tuple[int, Piece | Ending]], None]:
         """Pieces and endings of all choices as they come; [] after `silence` seconds without."""
         metrics = self._service.metrics
+        is_refused = False
         streams = [
             answer(self._service.engine, order, observer=self._observer(order))
             for order in self._orders
@@ -198,17 +201,19 @@ class _Run:
                         self._note(i, item)
                     yield batch
             error_code = None
-        except EngineOverloadedError:
-            error_code = "overloaded"
-            raise  # refused, not failed
         except Exception as error:
             error_code = to_api_error(error).code or "unknown"
-            metrics.request_failed(error_code)
+            # A second attempt may find the queue full, after the first one has written.
+            has_written = any(pace.has_begun for pace in self._paces)
+            is_refused = isinstance(error, EngineOverloadedError) and not has_written
+            if not is_refused:
+                self._record[FAILED] = error_code
+                metrics.request_failed(error_code)
             raise
         finally:
             for pace in self._paces:
                 pace.tell()
-            if error_code != "overloaded":
+            if not is_refused:
                 self._service.record(self._answer_record(error_code))
         metrics.request_finished(self._endpoint, seconds=self._service.clock() - self._started)
 
@@ -276,6 +281,10 @@ class _Pace:
         self._metrics, self._clock, self._started = metrics, clock, started
         self._last: float | None = None
         self._gaps: list[float] = []
+
+    @property
+    def has_begun(self) -> bool:
+        return self._last is not None
 
     def on_step(self, step: Step) -> None:
         if step.token_id is None:

@@ -22,6 +22,7 @@ from server.api.schemas import ScoreTextRequest
 from server.api.sse import ClientGoneError, unless_gone
 from server.api.token_objects import risk_summary
 from server.detokenizer import Detokenizer
+from server.edge import FAILED
 from server.engines.base import EngineOverloadedError, Reading, ScoreRequest
 from server.monitor import RiskPlan, RiskSummary, Token, score, summarise
 from server.service import Service
@@ -79,6 +80,7 @@ async def score_text(body: ScoreTextRequest, request: Request) -> Response:
         raise  # refused, not failed
     except Exception as error:
         error_code = to_api_error(error).code or "unknown"
+        record_of(request)[FAILED] = error_code
         service.metrics.request_failed(error_code)
         raise
     finally:

@@ -32,7 +32,9 @@ StopString: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_lengt
 TokenId: TypeAlias = Annotated[int, Field(ge=0, le=_MAX_TOKEN_ID)]
 TokenIdKey: TypeAlias = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,8})$")]
 Bias: TypeAlias = Annotated[float, Field(ge=-100, le=100)]
-TokenIds: TypeAlias = Annotated[list[TokenId], Field(min_length=1)]
+# fail_fast: or a list of a hundred thousand bad items holds every stream up for a second, one
+# finding after another.
+TokenIds: TypeAlias = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 
 
 class _Strict(BaseModel):
@@ -64,6 +66,7 @@ Risk: TypeAlias = bool | RiskOptions
 
 class StreamOptions(_Strict):
     include_usage: bool = False
+    include_obfuscation: bool | None = Field(None, description="Without effect: none is added.")
 
 
 class TextFormat(_Strict):
@@ -124,6 +127,7 @@ class ToolCall(_Strict):
     id: ShortText
     type: Literal["function"]
     function: CalledFunction
+    index: int | None = Field(None, description="Of a streamed call that is sent back; ignored.")
 
 
 class _Generation(_Strict):
@@ -136,7 +140,11 @@ class _Generation(_Strict):
     top_k: int | None = Field(None, ge=-1, le=_MAX_TOKEN_ID, description="0 and -1 are off.")
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=0, le=2**62, description="Choice i uses seed + i.")
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop: (
+        StopString
+        | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)]
+        | None
+    ) = None
     max_tokens: int | None = Field(None, ge=1, le=_MAX_TOKEN_ID)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -176,16 +184,26 @@ class TextPart(_Strict):
 
 class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=1024)] | None
+    content: (
+        str | Annotated[list[TextPart], Field(min_length=1, max_length=1024, fail_fast=True)] | None
+    )
     name: Annotated[str, StringConstraints(max_length=64)] | None = None
     reasoning: str | None = Field(None, description="Of an answer that is sent back.")
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_call_id: ShortText | None = Field(None, description="Of `tool`: whose result this is.")
     # An assistant message that a client sends back as it came: these must be empty.
     refusal: None = None
     audio: None = None
     function_call: None = None
     annotations: Annotated[list[object], Field(max_length=0)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _answers_may_lack_content(cls, data: object) -> object:
+        """As OpenAI has it: clients leave out what is null, and a call of a tool has no text."""
+        if isinstance(data, dict) and data.get("role") == "assistant":
+            return {"content": None, **data}
+        return data
 
     @property
     def text(self) -> str:
@@ -214,7 +232,7 @@ class Message(_Strict):
         return self
 
 
-Messages: TypeAlias = Annotated[list[Message], Field(min_length=1, max_length=1024)]
+Messages: TypeAlias = Annotated[list[Message], Field(min_length=1, max_length=1024, fail_fast=True)]
 
 
 class ChatRequest(_Generation):
@@ -225,7 +243,9 @@ class ChatRequest(_Generation):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tools: (
+        Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)] | None
+    ) = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
@@ -250,8 +270,8 @@ class CompletionRequest(_Generation):
     prompt: (
         str
         | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: Literal[False] | None = None

@@ -68,6 +68,30 @@ async def test_a_failed_answer_has_a_line_too(open_wire: Any, tmp_path: Path, st
     assert line["choices"][0]["status"] is None
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_second_attempt_that_the_queue_refuses_is_a_failure_with_a_line(
+    open_wire: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """What `retry` had generated was in no log, and the failure in no figure."""
+    engine, path = FakeEngine(), tmp_path / "audit.jsonl"
+    generate, calls = engine.generate, []
+
+    def once(request: Any) -> Any:
+        calls.append(request)
+        if len(calls) > 1:
+            raise EngineOverloadedError("full")
+        return generate(request)
+
+    monkeypatch.setattr(engine, "generate", once)
+    async with open_wire(engine, **audited(path, engine)) as wire:
+        await wire.chat("in 1969", risk={"policy": "retry"}, stream=stream)
+        page = wire.service.metrics.render().decode()
+    assert len(calls) == 2
+    (line,) = lines(path)
+    assert line["error"] == "overloaded"
+    assert 'hneurons_failed_requests_total{model_name="fake",reason="overloaded"} 1.0' in page
+
+
 async def test_every_answer_that_reached_the_model_has_a_line_and_no_other(
     open_wire: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from probes.calibration import Platt
 from server.api.answers import ScoredText, TextCompletion
+from server.api.errors import _path
 from server.api.listings import ModelList, ProbeList
 from server.engines.fake import FakeEngine
 from server.engines.fake_model import fake_logits, fake_probe
@@ -116,6 +117,58 @@ async def test_a_message_that_was_an_answer_can_be_sent_back(wire):
     assert response.json()["choices"][0]["message"]["content"] == "ab"
     prompt = bytes(i for i in response.json()["prompt_token_ids"] if i < 256)
     assert prompt.startswith(b"system\nbe brief")
+
+
+async def test_a_call_of_a_tool_may_come_back_without_content_and_with_its_index(wire):
+    """OpenAI's own type does not ask for it, and clients leave out what is null; streamed calls
+    have an index. Of all other roles the content is asked for by name."""
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "tool_calls": [{"index": 0, **call}]},
+        {"role": "tool", "tool_call_id": "c", "content": "5"},
+    ]
+    assert (await wire.chat("", messages=turns)).status_code == 200
+    for turn in ({"role": "user"}, {"role": "tool", "tool_call_id": "c"}):
+        error = (await wire.chat("", messages=[turn])).json()["error"]
+        assert (error["param"], error["code"]) == (
+            "messages.0.content",
+            "missing_required_parameter",
+        )
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "value"),
+    [
+        ("/v1/completions", "prompt", [-1] * 100_000),
+        ("/v1/completions", "prompt", [["x"] * 1000] * 60),
+        (
+            "/v1/chat/completions",
+            "messages",
+            [{"role": "user", "content": [{"type": "text"}] * 100}] * 600,
+        ),
+        ("/v1/risk", "token_ids", ["x"] * 100_000),
+    ],
+)
+async def test_a_body_that_is_all_mistakes_is_refused_at_the_first(
+    wire, monkeypatch, path, field, value
+):
+    """One finding for each would hold every stream up for a second."""
+    found = []
+    monkeypatch.setattr(
+        "server.api.errors._path",
+        lambda finding, body, path=_path: found.append(1) or path(finding, body),
+    )
+    response = await wire.http.post(path, json={"model": "fake", field: value})
+    assert response.status_code == 400
+    assert len(found) < 20
+
+
+async def test_a_path_with_a_slash_too_many_is_no_redirect(wire):
+    """It would lead to whatever the Host header says, in plain HTTP, prompt and all."""
+    response = await wire.http.post("/v1/chat/completions/", json={})
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "not_found"
 
 
 async def test_names_of_models_and_probes(wire):
@@ -484,6 +537,9 @@ async def test_a_defect_of_ours_is_counted_as_a_failure(wire, monkeypatch, path)
     page = wire.service.metrics.render().decode()
     counted = 'hneurons_failed_requests_total{model_name="fake",reason="internal_error"} 1.0'
     assert counted in page
+    refused = [line for line in page.splitlines() if line.startswith("hneurons_rejected_requests_")]
+    assert refused
+    assert all(line.endswith(" 0.0") for line in refused)  # it was accepted: counted once
 
 
 async def test_metrics_tell_what_happened(wire):

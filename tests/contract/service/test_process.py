@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -51,6 +54,34 @@ def test_sigterm_drains(start_server: Any) -> None:
         assert waiting[0].json()["error"]["code"] == "shutdown"
         assert server.wait(3 + 4 + 5 + PATIENCE) == 0
         assert time.monotonic() - told < 3 + 4 + 5 + 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_before_it_is_ready(number: signal.Signals) -> None:
+    """The first process of a container ignores SIGTERM unless it says otherwise: the pod would wait
+    for its whole grace period, and be ready meanwhile. SIGHUP would end a replica that starts."""
+    script = "import server.serve, time; server.serve.serve = lambda *a, **k: time.sleep(60)"
+    command = f"{script}\nprint('loading', flush=True)\nimport server.__main__ as m; m.main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", command, "demo", "--port", "0"], stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stdout
+        process.stdout.readline()
+        wait_until(lambda: handles(process.pid, signal.SIGTERM))
+        process.send_signal(number)
+        if number == signal.SIGHUP:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1)
+            process.terminate()
+        assert process.wait(10) == 0
+
+
+def handles(process: int, number: signal.Signals) -> bool:
+    """Whether the process has a handler of its own for the signal."""
+    status = Path(f"/proc/{process}/status").read_text()
+    caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+    return bool(caught >> (number - 1) & 1)
 
 
 def test_an_idle_server_stops_at_once(start_server: Any) -> None:
