@@ -7,9 +7,11 @@ verb reads what the one before it wrote, goes on where it was stopped, and can b
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -30,6 +32,7 @@ def train(**given: object) -> None:
     """Every verb in turn: from questions to a probe that a server loads."""
     run = given["out"]
     assert isinstance(run, Path)
+    refuse_early(given)
     for stage, seconds in in_turn(STAGES, given, run / TIMES):
         log.info("%-10s %6.0f s", stage, seconds)
     probe = given["to"] or run / "probe"
@@ -40,11 +43,30 @@ def train(**given: object) -> None:
     )
 
 
+def refuse_early(given: Mapping[str, object]) -> None:
+    """RecordError for options that contradict each other: `fit` would say so hours later."""
+    from offline.fit_result import fit_settings
+    from offline.label import label_settings
+
+    options: dict[str, Any] = dict(given)
+    label_settings(
+        options["paper"],
+        **{name: options[name] for name in ("judge", "spans", "judge_url", "judge_model")},
+    )
+    fit_settings(
+        options["design"] or ("3-vs-1" if options["paper"] else "tokens"),
+        seed=0,
+        **{name: options[name] for name in ("solver", "max_neurons", "c")},
+    )
+
+
 def _as_loaded(given: Mapping[str, object]) -> str:
     """What a server must be told to load the model that the probe belongs to."""
     said = {"dtype": given["model_dtype"], "revision": given["revision"]}
     return "".join(
-        f" --{name} {value}" for name, value in said.items() if value not in (None, "auto")
+        f" --{name} {shlex.quote(str(value))}"
+        for name, value in said.items()
+        if value not in (None, "auto")
     )
 
 

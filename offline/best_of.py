@@ -123,7 +123,7 @@ def load_samples(run: Path, data: Dataset) -> Dataset | None:
     folder = run / FOLDER
     if not (folder / "labels.jsonl").exists():
         return None
-    samples = load_dataset(folder)
+    samples = load_dataset(folder, Split(seed=data.split.seed))
     found, like = samples.features.header, data.features.header
     if found != msgspec.structs.replace(like, labels_sha256=found.labels_sha256):
         raise RecordError(f"{folder / 'features'} were read otherwise than the answers; `resample`")

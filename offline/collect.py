@@ -81,11 +81,16 @@ def missing(
         answers = read_records(path, Answer)[1]
     _check_unchanged(questions, answers, path)
     done = {answer.id for answer in answers}
+    asks = every_ask(questions, samples)
+    return [ask for ask in asks if f"{ask.question.id}/{ask.sample}" not in done]
+
+
+def every_ask(questions: Sequence[Question], samples: int) -> list[Ask]:
+    """What a finished run has asked. Ordinary prose is asked once: it is not right or wrong."""
     return [
         Ask(question, sample)
         for question in questions
-        for sample in range(samples if question.gold else 1)  # prose is not right or wrong
-        if f"{question.id}/{sample}" not in done
+        for sample in range(samples if question.gold else 1)
     ]
 
 
@@ -150,7 +155,7 @@ def ask_all(
                     header=header,
                     sampling=sampling,
                     in_flight=in_flight,
-                    done=len(asked) * sampling.samples - len(asks),
+                    done=len(every_ask(asked, sampling.samples)) - len(asks),
                     api_key=api_key,
                     trust_env=bool(base_url),
                 )

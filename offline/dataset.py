@@ -102,14 +102,14 @@ class Dataset:
         return np.array([self.labels[i].hallucinated for i in answers], dtype=np.bool_)
 
 
-def load_dataset(run: Path) -> Dataset:
-    """Join the files of a run, split as `label` was told; RecordError when they do not belong
-    together."""
+def load_dataset(run: Path, split: Split | None = None) -> Dataset:
+    """Join the files of a run, split as `label` was told or by another `split`; RecordError when
+    they do not belong together."""
     features = load_features(run / "features")
     if features.header.labels_sha256 != sha256(run / "labels.jsonl"):
         raise RecordError(f"{run / 'features'} was made from other labels; run `extract` again")
     _, answers, said, labels = read_labelled(run)
-    return join(features, answers, labels, Split.of(said))
+    return join(features, answers, labels, split or Split.of(said))
 
 
 def join(

@@ -9,6 +9,7 @@ server does. Baselines stand in the same tables on the same items. Intervals are
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,7 +21,6 @@ from tqdm import tqdm
 from offline import metrics
 from offline.baselines import (
     RANDOM,
-    TokenDetector,
     answer_detectors,
     random_answer_neurons,
     token_detectors,
@@ -106,19 +106,14 @@ def _stages(
 ) -> list[Callable[[], Iterable[Found]]]:
     """What is evaluated, in the order of the card; each stage takes some seconds to a minute."""
     tokens = logits[:, 0]
-    detectors: dict[str, TokenDetector] = {}
-
-    def of_tokens() -> Iterator[Found]:
-        detectors.update(token_detectors(data, result))
-        yield from token_tables(data, result, detectors, tokens)
-
+    detectors = functools.cache(lambda: token_detectors(data, result))
     return [
         lambda: _folds(data, result),
         lambda: _everywhere(data, result, logits),
-        of_tokens,
+        lambda: token_tables(data, result, detectors(), tokens),
         lambda: span_rows(data, tokens, result.token, result.span, result.token_points),
         lambda: _claims(data, tokens),
-        lambda: given_rows(given, detectors) if given else (),
+        lambda: given_rows(given, detectors()) if given else (),
         lambda: response_rows(data, result, logits[:, result.response_head]),
         lambda: pooling_rows(data, result, logits),
         lambda: best_of_rows(samples, result) if samples else (),

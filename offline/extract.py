@@ -214,9 +214,9 @@ def _write_shard(
     for batch in _batches(items, shared=len(reader.shared)):
         stop = start + sum(len(item.written) for item in batch)
         reader.read([Text(item.prompt, item.written) for item in batch], rows.part(start, stop))
+        _require_finite(rows.part(start, stop), batch)
         start = stop
         bar.update(sum(item.length for item in batch))
-    _require_finite(rows, items, counts)
     surprises = zip(
         torch.split(rows.logprob, counts), torch.split(rows.entropy, counts), strict=True
     )
@@ -232,9 +232,10 @@ def _write_shard(
         save_file(tensors, temporary, {SHARD_KEY: msgspec.json.encode(info).decode()})
 
 
-def _require_finite(rows: Rows, items: Sequence[Item], counts: list[int]) -> None:
+def _require_finite(rows: Rows, items: Sequence[Item]) -> None:
     """RecordError names the first answer that the model overflowed at: a fit would end in it."""
-    finite = rows.cett.isfinite().all(1) & rows.residual.isfinite().all(-1).all(-1)
+    finite = torch.stack([part.reshape(len(part), -1).isfinite().all(1) for part in rows]).all(0)
+    counts = [len(item.written) for item in items]
     for item, of in zip(items, torch.split(finite, counts), strict=True):
         if not of.all():
             raise RecordError(

@@ -57,6 +57,7 @@ def fit(data: Dataset, settings: FitSettings) -> FitResult:
         if held_out is None:
             held_out = np.empty((len(rows), *read.shape[1:]))
         held_out[fold == number] = read
+        log.info("fold %d of %d is fitted", number + 1, settings.folds)
     assert held_out is not None
     trials, logits = _judge(data, settings, tuple(examples), rows, telling, held_out, drafts)
     best = choose(trials)

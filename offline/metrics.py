@@ -8,6 +8,7 @@ Figures of one table are taken from the same resamples, each weighed once for al
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -209,18 +210,22 @@ def auroc_gained(
     """AUROC of `score` less that of each rival, with the interval of the difference: all are taken
     of the same draws of whole units."""
     _, unit = np.unique(np.asarray(units), return_inverse=True)
-    weights = [np.ones(len(score)), *_weights(unit, seed)]
-
-    def areas(of: Floats) -> Floats:
-        """[1 + resamples], of all rows first."""
-        order = np.argsort(of, kind="stable")
-        rows = Weighed.of(positive[order], of[order].astype(np.float64), weights[0])
-        return np.array([auroc(replace(rows, weight=weight[order])) for weight in weights])
-
-    own = areas(score)
-    gains = {name: own - areas(rival) for name, rival in rivals.items()}
+    once = np.ones(len(score))
+    sorted_once: list[tuple[Ints, Weighed]] = []
+    for one in (score, *rivals.values()):
+        order = np.argsort(one, kind="stable")
+        rows = Weighed.of(positive[order], one[order].astype(np.float64), once)
+        sorted_once.append((order, rows))
+    areas = np.array(  # [1 + resamples, detectors], of all rows first
+        [
+            [auroc(replace(rows, weight=weight[order])) for order, rows in sorted_once]
+            for weight in itertools.chain([once], _weights(unit, seed))
+        ]
+    )
+    gains = areas[:, :1] - areas[:, 1:]
     return {
-        name: Figure(float(gain[0]), *_middle(gain[1:]), len(score)) for name, gain in gains.items()
+        name: Figure(float(gain[0]), *_middle(gain[1:]), len(score))
+        for name, gain in zip(rivals, gains.T, strict=True)
     }
 
 

@@ -37,7 +37,7 @@ class Rows(NamedTuple):
     """What was read at the written tokens of some texts, laid end to end; on the CPU."""
 
     cett: Tensor  # [rows, layers * neurons]
-    residual: Tensor  # [rows, chosen layers, hidden] float32: large models leave float16's range
+    residual: Tensor  # [rows, chosen layers, hidden] float32
     logprob: Tensor  # [rows] float32, nats, given what stands before the token
     entropy: Tensor  # [rows] float32, nats, likewise
 

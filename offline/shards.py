@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import torch
@@ -45,7 +46,8 @@ class FeaturesHeader(Record, frozen=True, kw_only=True):
     position: Position
     labels_sha256: str
     residual_layers: tuple[int, ...]  # index into transformers' hidden_states, 0 = embeddings
-    dtype: str = "float16"  # of stored `cett` and `residual`
+    dtype: str = "float16"  # of stored `cett`
+    residual_dtype: Literal["float32"]  # large models leave float16's range
 
 
 class ShardInfo(Record, frozen=True, kw_only=True):
@@ -99,6 +101,7 @@ def features_header(
         labels_sha256=labels_sha256,
         residual_layers=tuple(chosen),
         dtype=dtype,
+        residual_dtype="float32",
     )
 
 

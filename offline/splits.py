@@ -2,8 +2,8 @@
 
 No relation (or topic, category) and no question stands in two parts, nor in two folds. A source
 with too few groups to split by, such as the two trivia sites of TriviaQA, is split by question.
-A unit's part depends on its name and the seed alone: more answers do not move a relation from the
-test to the fit, so what was never looked at stays that way.
+A unit's part depends on its name and the seed alone: more answers of a source do not move one of
+its relations from the test to the fit, so what was never looked at stays that way.
 """
 
 from __future__ import annotations
@@ -40,37 +40,23 @@ class Split(NamedTuple):
         return cls(frozenset(names.split(",") if names else ()), int(settings["split_seed"]))
 
 
-def unit(answer: Answer, groups_of_source: int) -> str:
-    """What may not be torn apart: the group where the source has enough of them, else the
-    question, without case and punctuation."""
-    if groups_of_source >= MIN_GROUPS:
-        return f"{answer.source}/{answer.group}"
-    return plain(answer)
-
-
 def assign(answers: Sequence[Answer], split: Split) -> tuple[dict[str, str], dict[str, Part]]:
     """`(answer id -> unit, answer id -> part)`.
 
     Of the sources of `split.transfer`, a question that another source asks as well is excluded. So
     is, from the fit, a question that the test asks in another unit. Answers to ordinary prompts
     follow the split that their file gives; without one a hash decides. Deterministic in the
-    answers, whatever their order. RecordError for a source that nothing is of, and for a relation
-    that two sources share.
+    answers, whatever their order. RecordError for a source that nothing is of.
     """
     transfer, seed = split
-    groups: dict[str, set[str]] = defaultdict(set)
-    for answer in answers:
-        groups[answer.source].add(answer.group)
-    if unknown := sorted(transfer - groups.keys()):
+    sources = {answer.source for answer in answers}
+    if unknown := sorted(transfer - sources):
         raise RecordError(
             f"--transfer {unknown[0]!r} is the stem of no question file that was asked; these are: "
-            f"{', '.join(sorted(groups))}"
+            f"{', '.join(sorted(sources))}"
         )
-    _refuse_shared({name: of for name, of in groups.items() if name not in transfer})
-    units = {
-        answer.id: unit(answer, len(groups[answer.source])) if answer.gold else answer.question_id
-        for answer in answers
-    }
+    units = _units([answer for answer in answers if answer.source not in transfer])
+    units |= _units([answer for answer in answers if answer.source in transfer])
     asked = {plain(answer) for answer in answers if answer.source not in transfer}
     parts: dict[str, Part] = {}
     for answer in answers:
@@ -95,17 +81,33 @@ def assign(answers: Sequence[Answer], split: Split) -> tuple[dict[str, str], dic
     return units, parts
 
 
-def _refuse_shared(groups: Mapping[str, set[str]]) -> None:
-    """A unit is named after its source too: a relation of two sources would get two parts."""
-    source_of: dict[str, str] = {}
-    for source in sorted(name for name, of in groups.items() if len(of) >= MIN_GROUPS):
-        for group in sorted(groups[source]):
-            if (other := source_of.setdefault(group, source)) != source:
-                raise RecordError(
-                    f"the group {group!r} stands in {other!r} and in {source!r} and would be torn "
-                    f"apart by the split; put the questions of both into one file, or name their "
-                    f"groups differently"
-                )
+def _units(answers: Sequence[Answer]) -> dict[str, str]:
+    """Answer id -> what may not be torn apart: the group where a source has enough of them, else
+    the question, without case and punctuation; of ordinary prose the prompt.
+
+    A group that several sources share, as two files of one relation do, is one unit of the first
+    that has enough.
+    """
+    groups: dict[str, set[str]] = defaultdict(set)
+    for answer in answers:
+        if answer.gold:
+            groups[answer.source].add(answer.group)
+    grouped = [source for source in sorted(groups) if len(groups[source]) >= MIN_GROUPS]
+    owner: dict[str, str] = {}
+    for source in grouped:
+        for group in groups[source] - {""}:
+            owner.setdefault(group, source)
+    units: dict[str, str] = {}
+    for answer in answers:
+        if not answer.gold:
+            units[answer.id] = answer.question_id
+        elif answer.group in owner:
+            units[answer.id] = f"{owner[answer.group]}/{answer.group}"
+        elif answer.source in grouped:
+            units[answer.id] = f"{answer.source}/{answer.group}"
+        else:
+            units[answer.id] = plain(answer)
+    return units
 
 
 def check_disjoint(

@@ -39,9 +39,9 @@ def run(arguments: Sequence[str]) -> int:
     try:
         settings = read_settings(arguments)
         configure_logging(settings.log_level)
-        from server.process import signals_while_loading
+        from server.process import handling_signals
 
-        with signals_while_loading():
+        with handling_signals():
             from server.serve import serve  # torch: seconds that --help and a typo need not wait
 
             return serve(settings, announce=lambda line: print(line, flush=True))

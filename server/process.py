@@ -62,21 +62,23 @@ def _why(error: Exception, address: str) -> str:
 
 
 @contextmanager
-def signals_while_loading() -> Iterator[None]:
-    """What signals mean before the listener, with its own handlers, is there. SIGTERM ends the
+def handling_signals() -> Iterator[None]:
+    """What signals mean until the listener, with its own handlers, is there. SIGTERM ends the
     process: as the first one of a container it would ignore it, and be ready minutes later. SIGHUP
-    asks for what is being loaded anyway."""
+    asks for what is being loaded anyway. All are put back at the end."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(0)
 
-    term = signal.signal(signal.SIGTERM, stop)
-    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, term)
-        signal.signal(signal.SIGHUP, hangup)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 class Listener(uvicorn.Server):
@@ -119,13 +121,11 @@ class Server(Listener):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Like uvicorn's, but the signal is not raised again at the end: the exit code is ours."""
-        before = {s: signal.signal(s, self.handle_exit) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        """Like uvicorn's, but the signal is not raised again at the end: the exit code is ours. The
+        handlers stay: what follows, the end of the engine, is not to be cut short by another."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle_exit)
+        yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Runs between two bytecodes of the main thread: only notes what on_tick acts upon."""

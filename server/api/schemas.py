@@ -24,6 +24,9 @@ MAX_PROMPTS = 64
 MAX_STOP_STRINGS = 4
 MAX_LOGPROBS = 20
 MAX_TOOLS = 128
+MAX_FIELDS = 64  # of any object
+MAX_BIASES = 1024
+MAX_METADATA = 16
 _MAX_TOKEN_ID = 2**31 - 1
 _T = TypeVar("_T")
 
@@ -39,6 +42,18 @@ TokenIds: TypeAlias = Annotated[list[TokenId], Field(min_length=1, fail_fast=Tru
 
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, data: object) -> object:
+        return _no_more(data, MAX_FIELDS)
+
+
+def _no_more(data: object, most: int) -> object:
+    """`data`; ValueError for a dict of more keys, before each of them is found to be wrong."""
+    if isinstance(data, dict) and len(data) > most:
+        raise ValueError(f"at most {most} keys")
+    return data
 
 
 class RiskOptions(_Strict):
@@ -149,7 +164,7 @@ class _Generation(_Strict):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, ge=0.001, le=2)
-    logit_bias: Annotated[dict[TokenIdKey, Bias], Field(max_length=1024)] | None = None
+    logit_bias: Annotated[dict[TokenIdKey, Bias], Field(max_length=MAX_BIASES)] | None = None
     ignore_eos: bool | None = Field(None, description="For load tests.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -157,7 +172,7 @@ class _Generation(_Strict):
     risk: Risk | None = None
     # Accepted without effect: bookkeeping of the client's own.
     user: ShortText | None = None
-    metadata: Annotated[dict[ShortText, ShortText], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[ShortText, ShortText], Field(max_length=MAX_METADATA)] | None = None
     store: bool | None = None
     service_tier: ShortText | None = None
     safety_identifier: ShortText | None = None
@@ -166,6 +181,16 @@ class _Generation(_Strict):
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _has_few_biases(cls, value: object) -> object:
+        return _no_more(value, MAX_BIASES)
+
+    @field_validator("metadata", mode="before")
+    @classmethod
+    def _has_few_metadata(cls, value: object) -> object:
+        return _no_more(value, MAX_METADATA)
 
     @field_validator("stream_options")
     @classmethod
@@ -182,7 +207,16 @@ class TextPart(_Strict):
     text: str
 
 
+def _content_of_answers_may_be_missing(schema: dict[str, Any]) -> None:
+    """JSON Schema of `Message`, which cannot say of whom the content is asked for otherwise."""
+    schema["required"].remove("content")
+    schema["if"] = {"properties": {"role": {"not": {"const": "assistant"}}}}
+    schema["then"] = {"required": ["content"]}
+
+
 class Message(_Strict):
+    model_config = ConfigDict(json_schema_extra=_content_of_answers_may_be_missing)
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: (
         str | Annotated[list[TextPart], Field(min_length=1, max_length=1024, fail_fast=True)] | None

@@ -148,6 +148,9 @@ async def test_a_call_of_a_tool_may_come_back_without_content_and_with_its_index
             [{"role": "user", "content": [{"type": "text"}] * 100}] * 600,
         ),
         ("/v1/risk", "token_ids", ["x"] * 100_000),
+        ("/v1/completions", "logit_bias", {f"x{i}": "x" for i in range(50_000)}),
+        ("/v1/completions", "metadata", {f"x{i}": i for i in range(50_000)}),
+        ("/v1/risk", "risk", {f"x{i}": i for i in range(50_000)}),
     ],
 )
 async def test_a_body_that_is_all_mistakes_is_refused_at_the_first(

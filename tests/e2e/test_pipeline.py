@@ -98,6 +98,18 @@ def test_questions_of_the_test_part_are_asked_again_for_best_of_n(run: Path) -> 
     assert len(samples) == 3 * len({answer.question_id for answer in samples})
 
 
+def test_publishing_again_is_no_other_probe_and_another_name_is(
+    run: Path, tiny_model: Path
+) -> None:
+    """`train` and `publish` are two commands for one folder; what differs is named."""
+    before = (run / "probe" / "probe.json").read_bytes()
+    words = ["publish", str(tiny_model), "--out", str(run), "--name"]
+    assert CliRunner().invoke(app, [*words, "tiny"]).exit_code == 0
+    assert (run / "probe" / "probe.json").read_bytes() == before
+    refused = CliRunner().invoke(app, [*words, "other"]).exception
+    assert "holds another probe (other name" in str(refused)
+
+
 def test_the_seconds_of_each_verb_are_kept(run: Path) -> None:
     assert list(json.loads((run / ".times.json").read_bytes())) == [
         "collect", "label", "extract", "resample", "fit", "evaluate", "publish", "report",

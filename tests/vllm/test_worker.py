@@ -1,9 +1,11 @@
 """What the worker does to vLLM besides metering."""
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
+import pytest
 
 
 def test_of_a_request_with_drafts_one_reading_is_kept_for_each_new_token():
@@ -91,3 +93,30 @@ def test_what_only_the_scheduler_knows_is_told_now_and_then():
         "drafted": 4 * STATISTICS_EVERY,
         "accepted": 2 * STATISTICS_EVERY,
     }
+
+
+async def test_an_engine_whose_outputs_nobody_hands_on_is_dead():
+    """vLLM ends that task at the first output it cannot read; without a request nobody would know,
+    and the next one would be sent there."""
+    from server.engines.vllm.engine import VllmEngine
+
+    async def broken() -> None:
+        raise ValueError("undecodable")
+
+    told: list[Exception] = []
+    task = asyncio.ensure_future(broken())
+    engine = object.__new__(VllmEngine)
+    engine._dead = ""
+    engine._processes = SimpleNamespace(trouble=lambda: "")
+    engine._llm = SimpleNamespace(
+        output_handler=None, output_processor=SimpleNamespace(propagate_error=told.append)
+    )
+    engine._look_at_processes()  # before the first request there is none
+    engine._llm.output_handler = task
+    engine._look_at_processes()
+    assert engine._dead == ""
+    with pytest.raises(ValueError, match="undecodable"):
+        await task
+    engine._look_at_processes()
+    assert engine._dead == "vLLM's output task has ended; its log says why"
+    assert len(told) == 1

@@ -61,6 +61,12 @@ def test_the_list_of_routes_is_the_servers(guarded: Any, server: Any) -> None:
     assert "/v1/chat/completions" in documented
 
 
+def test_the_line_to_type_has_a_place_for_the_key(guarded: Any, server: Any) -> None:
+    """Copied as it stands it would be a 401, without a word why."""
+    assert "-H 'Authorization: Bearer KEY'" in guarded.ready_line
+    assert "Authorization" not in server.ready_line
+
+
 def test_the_open_paths_are_open(guarded: Any) -> None:
     """Prevents: a liveness probe that needs a secret."""
     for path in OPEN:

@@ -227,6 +227,22 @@ async def test_samples_of_a_question_have_seeds_of_their_own_that_do_not_depend_
     assert all((b["top_p"], b["top_k"]) == (0.9, 50) for b in scripted.bodies)
 
 
+async def test_ordinary_prose_is_asked_once_and_as_long_as_its_style_says(
+    scripted: ScriptedServer, tmp_path: Path
+) -> None:
+    """Ten stubs of fifty tokens each are no ordinary long answers."""
+    prose = [
+        q._replace(id=f"p/{q.id}", prompt=f"P {q.id}", gold=(), max_tokens=160)
+        for q in _questions(2)
+    ]
+    draw = Sampling(samples=3, temperature=1.0, max_tokens=50)
+    assert (
+        await _collect(scripted, tmp_path / "a.jsonl", [*_questions(2), *prose], sampling=draw) == 8
+    )
+    limits = Counter((b["messages"][0]["content"][0], b["max_tokens"]) for b in scripted.bodies)
+    assert limits == {("Q", 50): 6, ("P", 160): 2}
+
+
 async def test_the_bar_starts_with_what_is_there_and_tells_rate_and_time_left(
     scripted: ScriptedServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -73,6 +73,32 @@ def test_every_command_of_the_documentation_is_understood(repository: Path) -> N
             verb.make_context(name, rest)  # or it says what it does not understand
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--paper", "--max-neurons", "50"], "--max-neurons is not of --design 3-vs-1"),
+        (["--c", "2"], "--c is of the paper's designs"),
+        (["--judge-url", "http://localhost:1"], "--judge-url is asked by"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused_before_anything_is_asked(
+    tmp_path: Path, options: list[str], message: str
+) -> None:
+    """`fit` comes hours after `collect`."""
+    words = ["train", str(tmp_path / "no-model"), "--out", str(tmp_path / "run"), "--name", "x"]
+    result = CliRunner().invoke(command.app, [*words, "--questions", "no-file.jsonl", *options])
+    assert isinstance(result.exception, RecordError)
+    assert message in str(result.exception)
+
+
+def test_the_last_line_of_train_says_how_the_model_was_loaded() -> None:
+    """A server that loads it otherwise refuses the probe."""
+    given = {"model_dtype": "auto", "revision": None}
+    assert command._as_loaded(given) == ""
+    given = {"model_dtype": "float32", "revision": "my branch"}
+    assert command._as_loaded(given) == " --dtype float32 --revision 'my branch'"
+
+
 @pytest.mark.parametrize("verb", [verb.__name__ for verb in (*VERBS, command.sweep, command.train)])
 def test_every_verb_explains_itself(verb: str) -> None:
     result = CliRunner().invoke(command.app, [verb, "--help"])

@@ -17,11 +17,17 @@ from sklearn.linear_model import LogisticRegression
 
 from offline import baselines, metrics
 from offline.baselines import RANDOM, RANDOM_DRAWS, random_neurons, token_detectors
-from offline.best_of import best_of_rows
+from offline.best_of import best_of_rows, load_samples
 from offline.dataset import Dataset, join
 from offline.domains import NEVER_TRAINED_ON
 from offline.evaluate import Evaluation, evaluate
-from offline.examples import Examples, answer_examples, claim_examples, token_examples
+from offline.examples import (
+    Examples,
+    answer_examples,
+    answer_means,
+    claim_examples,
+    token_examples,
+)
 from offline.features import load_features
 from offline.fit import _fold_of_units, choose, fit, make_examples, train_design
 from offline.fit_result import TOKEN, FitResult, FitSettings, Trial, fit_settings
@@ -227,7 +233,6 @@ def test_risks_are_calibrated_by_probes_that_did_not_see_the_rows(data: Dataset)
 def test_the_papers_design_chooses_nothing_and_refuses_what_it_does_not_know(data: Dataset) -> None:
     """Its card would else tell of a budget, a choice and a penalty that nobody used."""
     result = fit(data, fit_settings("1-vs-1", seed=0, c=300.0))
-    assert [trial.neurons for trial in result.trials] != []
     assert len(result.trials) == 1
     assert result.penalty == {TOKEN: 0}
     assert re.match(
@@ -365,10 +370,24 @@ def test_the_evaluation_has_every_baseline_on_the_same_items_with_intervals(
     assert {row.metric for row in table.rows} >= {
         "auprc", "ece", "brier", "recall_at_5_fpr", "accuracy_at_coverage_0.5",
     }  # fmt: skip
-    gained = {row.detector: row for row in table.rows if row.metric == "auroc_gained"}
-    assert {"length", "-logprob_sum", "residual layer 2, dense"} <= set(gained)
-    assert not {"probe", RANDOM} & set(gained)
-    assert gained["length"].value == pytest.approx(probe.value - answers["length"].value)
+    area = {(row.dataset, row.detector): row for row in table.rows if row.metric == "auroc"}
+    gained = [row for row in table.rows if row.metric == "auroc_gained"]
+    of_answers, of_claims, of_tokens = (
+        {row.detector for row in gained if row.dataset == f"probe less rival, {name}"}
+        for name in (
+            "answers, unseen relations and questions, as asked",
+            "claims, unseen relations and questions",
+            "tokens, wrong claims against all others",
+        )
+    )
+    assert {"length", "-logprob_sum", "residual layer 2, dense"} <= of_answers
+    assert {"-logprob", "entropy"} == of_claims
+    assert {"-logprob", "place in the text, first is highest"} <= of_tokens
+    assert not {"probe", RANDOM} & {row.detector for row in gained}
+    for row in gained:
+        dataset = row.dataset.removeprefix("probe less rival, ")
+        lead = area[dataset, "probe"].value - area[dataset, row.detector].value
+        assert row.value == pytest.approx(lead)
     risks = {
         (row.dataset, row.metric)
         for row in table.rows
@@ -388,6 +407,55 @@ def test_the_evaluation_has_every_baseline_on_the_same_items_with_intervals(
     tokens = {row.detector for row in table.rows if row.dataset.startswith("tokens, wrong claims")}
     assert tokens >= {"probe", "probe, mean of 3 neighbours", "-logprob", RANDOM}
     assert {found.level for found in table.reliability} == {"token", "span", "response"}
+
+
+def test_claims_of_short_answers_are_told_from_prose_by_their_place_alone(
+    data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of what looks like a token monitor is that short answers end where long ones go on; a
+    report without that row lets the probe take the credit."""
+    monkeypatch.setattr(metrics, "RESAMPLES", 2)
+    rows = evaluate(data, fit(data, SETTINGS)).rows
+    found = {
+        r.dataset: r.value for r in rows if r.metric == "auroc" and r.detector.startswith("place")
+    }
+    # The claim is token 4 of a short answer; of 40 tokens of prose 35 come later, 4 earlier.
+    assert found["tokens, wrong claims against ordinary long answers"] == pytest.approx(35.5 / 40)
+    assert found["tokens, wrong against right claims"] == 0.5
+
+
+def test_samples_of_what_was_fitted_on_are_refused(
+    data: Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The rows "best of n" are of unseen questions."""
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "labels.jsonl").touch()
+    at = {part: int(np.flatnonzero(data.part == part)[0]) for part in ("fit", "test")}
+    monkeypatch.setattr(
+        "offline.best_of.read_labelled", lambda run: SimpleNamespace(answers=data.answers)
+    )
+    for part, row in at.items():
+        sample = dataclasses.replace(data, answers=(data.answers[data.features.answer[row]],))
+        monkeypatch.setattr(
+            "offline.best_of.load_dataset", lambda folder, split, found=sample: found
+        )
+        if part == "test":
+            assert load_samples(tmp_path, data) is sample
+        else:
+            with pytest.raises(RecordError, match="not of the test part; delete the folder"):
+                load_samples(tmp_path, data)
+
+
+def test_examples_are_as_exact_as_the_features(data: Dataset) -> None:
+    """`--dtype float32` was rounded to half of it on the way to the fit."""
+    means = {}
+    for dtype in ("float16", "bfloat16", "float32"):
+        header = msgspec.structs.replace(data.features.header, dtype=dtype)
+        features = dataclasses.replace(data.features, header=header)
+        means[dtype] = answer_means(
+            dataclasses.replace(data, features=features), np.arange(3)
+        ).dtype
+    assert means == {"float16": np.float16, "bfloat16": np.float32, "float32": np.float32}
 
 
 def test_an_answer_without_a_flagged_span_ranks_below_all_others(data: Dataset) -> None:
@@ -602,6 +670,7 @@ def _dataset(
         position="read",
         labels_sha256="",
         residual_layers=(2,),
+        residual_dtype="float32",
     )  # fmt: skip
     folder.mkdir(exist_ok=True)
     info = ShardInfo(header=header, ids=tuple(answer.id for answer in answers))

@@ -99,16 +99,24 @@ def test_a_transfer_source_that_nobody_asked_is_refused(make_answer: MakeAnswer)
         assign(answers, Split(frozenset({"wiki.jsonl"})))
 
 
-def test_a_relation_of_two_sources_is_refused(make_answer: MakeAnswer) -> None:
-    """Each source would draw a part of its own: the relation would be fitted on and tested on.
-    Sources without enough groups, and those that are only evaluated on, share what they like."""
+def test_a_relation_of_two_sources_is_one_unit(make_answer: MakeAnswer) -> None:
+    """Each file would draw a part of its own: what is fitted on in one would be tested in another,
+    however few groups that one has. Ordinary prose and rows without a group have no relation."""
     wiki = _relations(make_answer)
-    copy = [msgspec.structs.replace(a, id=f"copy/{a.id}", source="copy") for a in wiki]
-    with pytest.raises(RecordError, match=r"'r0' stands in 'copy' and in 'wiki'.*one file"):
-        assign([*wiki, *copy], Split())
-    assign([*wiki, *copy], Split(frozenset({"copy"})))
-    few = [a for a in copy if a.group in ("r0", "r1")]
-    assign([*wiki, *few], Split())
+    few = [msgspec.structs.replace(a, id=f"copy/{a.id}", source="copy") for a in wiki[:10]]
+    few += [make_answer(id="copy/ask/none/0", source="copy", group="", question="Who?")]
+    prose = [
+        make_answer(id=f"p{g}/ordinary/x/0", source=f"p{g}", group="r0", gold=(), question=f"T {g}")
+        for g in range(2)
+    ]
+    alone = assign(wiki, Split(seed=0))[1]
+    units, parts = assign([*few, *prose, *wiki], Split(seed=0))
+    assert {answer.id: parts[answer.id] for answer in wiki} == alone
+    for answer in few[:10]:
+        assert units[answer.id] == f"wiki/{answer.group}"
+        assert parts[answer.id] == alone[answer.id.removeprefix("copy/")]
+    assert units["copy/ask/none/0"] == "who"
+    assert units["p0/ordinary/x/0"] == "p0/ordinary/x"
 
 
 def test_later_verbs_split_by_what_the_labels_say() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from offline.records import RecordError
-from offline.transfer import drift, require_sibling
+from offline.transfer import drift, require_sibling, transfer
 from probes.fingerprint import identity
 from probes.neurons import find_ffns
 from probes.probe import Probe
@@ -73,3 +75,32 @@ def test_another_tokenizer_is_no_sibling_and_other_weights_are_named(probe: Prob
         require_sibling(probe, msgspec.structs.replace(mine, tokenizer_sha256="x"))
     tuned = msgspec.structs.replace(mine, weights_fingerprint="x", model_id="tuned")
     assert require_sibling(probe, tuned) == ("weights_fingerprint",)
+
+
+@pytest.mark.parametrize(
+    ("labels", "position", "message"),
+    [
+        ("other", "read", "fitted on other labels than"),
+        ("mine", "write", "reads in the read pass, .* in the write pass"),
+    ],
+)
+def test_the_run_must_be_that_of_the_probe(
+    probe: Probe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    labels: str,
+    position: str,
+    message: str,
+) -> None:
+    """Another run may test what this probe was fitted on; features of another pass are noise."""
+    training = {**probe.card.training, "labels_sha256": "mine"}
+    card = msgspec.structs.replace(probe.card, training=training, position="read")
+    mine = Probe(
+        card, probe.layer, probe.neuron, probe.weight, probe.column_norm, probe.suppress, probe.bias
+    )
+    header = SimpleNamespace(model=card.model, labels_sha256=labels, position=position)
+    data = SimpleNamespace(features=SimpleNamespace(header=header))
+    monkeypatch.setattr("offline.transfer.load_dataset", lambda run: data)
+    sibling = SimpleNamespace(identity=card.model)
+    with pytest.raises(RecordError, match=message):
+        transfer(mine, sibling, tmp_path, own=None)  # type: ignore[arg-type]

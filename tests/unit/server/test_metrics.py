@@ -138,7 +138,7 @@ def test_every_series_of_a_probe_begins_at_zero():
         (reason, probe.id): 0 for reason in ("not_read", "nonfinite")
     }
     assert samples(metrics, "hneurons_flagged_tokens_total") == {(probe.id,): 0}
-    assert len(samples(metrics, "hneurons_failed_requests_total")) == 7
+    assert len(samples(metrics, "hneurons_failed_requests_total")) == 8
 
 
 def test_a_probe_that_is_gone_is_shown_no_more():

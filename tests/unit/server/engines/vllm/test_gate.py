@@ -31,3 +31,14 @@ def test_an_unknown_vllm_is_refused(monkeypatch, package, found, sentence):
 def test_a_known_one_is_not(monkeypatch):
     monkeypatch.setattr(gate, "version", lambda name: "0.32.0+cpu")
     assert gate.check_version() == "0.32.0+cpu"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(gate.START_METHOD, "fork"), ("VLLM_MARLIN_INPUT_DTYPE", "fp8")]
+)
+def test_a_variable_that_does_what_an_option_is_refused_for_is_refused(name, value):
+    """Activations quantised unseen by any check of weights; a fork that hangs at once."""
+    known = {gate.START_METHOD: "spawn"}
+    gate.refuse_environment(known)
+    with pytest.raises(ModelError, match=f"{name}={value} is refused.*leave it unset"):
+        gate.refuse_environment({**known, name: value})
