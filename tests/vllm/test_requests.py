@@ -31,6 +31,7 @@ class Llm:
         self.collectors: dict[str, Any] = {}
         self.aborted: list[str] = []
         self.refusal: Exception | None = None
+        self.output_handler = None  # started with the first request
         self._steps: asyncio.Queue[Any] = asyncio.Queue()
         self.engine_core = SimpleNamespace(get_output_async=self._steps.get)
 
