@@ -29,7 +29,7 @@ bench: sync ## what the meter costs
 	$(BIN)/python benchmarks/overhead.py
 probe: sync ## train the shipped probe again from the question files in $DATA; 30 to 60 minutes
 	$(BIN)/python -m offline train "$$($(BIN)/python -m server.demo_model)" --out runs/demo \
-	  --name smollm2-135m-instruct --base-model HuggingFaceTB/SmolLM2-135M-Instruct --best-of 6 --transfer nq_open_dev --transfer movies --data-license "wikidata_completions, triviaqa_train: Apache-2.0; nq_open_dev: CC BY-SA 3.0; movies: MIT; ordinary_prompts: this project's" $(QUESTIONS:%=--questions $(DATA)/%) --questions offline/data/ordinary_prompts.jsonl:ordinary \
+	  --name smollm2-135m-instruct --base-model HuggingFaceTB/SmolLM2-135M-Instruct --more-samples 2 --told --best-of 6 --transfer nq_open_dev --transfer movies --data-license "wikidata_completions, triviaqa_train: Apache-2.0; nq_open_dev: CC BY-SA 3.0; movies: MIT; ordinary_prompts: this project's" $(QUESTIONS:%=--questions $(DATA)/%) --questions offline/data/ordinary_prompts.jsonl:ordinary \
 	  $(addprefix --given $(DATA)/,wikidata_completions.jsonl:facts:100 halueval_general.jsonl:halueval:100 refchecker_nq.jsonl:refchecker)
 ship: sync ## put the probe of `make probe` in the place of the shipped one, its figures into the README
 	rm -r probes/fitted/smollm2-135m-instruct && cp -r runs/demo/probe probes/fitted/smollm2-135m-instruct && $(BIN)/python docs/readme.py

@@ -15,8 +15,9 @@ from typing import Any
 
 import typer
 
-from offline.feature_verbs import collect, extract, label, resample
+from offline.feature_verbs import augment, collect, extract, label, resample
 from offline.probe_verbs import evaluate, fit, publish, report
+from offline.records import RecordError
 from offline.run_folder import holds_run
 from offline.tools import crossvalidate, inspect, push, sweep, transfer
 from offline.whole_run import TIMES, in_turn, union_of
@@ -24,7 +25,7 @@ from probes.errors import HNeuronsError
 
 log = logging.getLogger(__name__)
 
-STAGES = (collect, label, extract, resample, fit, evaluate, publish, report)
+STAGES = (collect, label, extract, augment, resample, fit, evaluate, publish, report)
 TOOLS = (crossvalidate, sweep, push, inspect, transfer)
 
 
@@ -53,11 +54,16 @@ def refuse_early(given: Mapping[str, object]) -> None:
         options["paper"],
         **{name: options[name] for name in ("judge", "spans", "judge_url", "judge_model")},
     )
-    fit_settings(
+    settings = fit_settings(
         options["design"] or ("3-vs-1" if options["paper"] else "tokens"),
         seed=0,
         **{name: options[name] for name in ("solver", "max_neurons", "c")},
     )
+    if settings.design != "tokens" and (options["more_samples"] or options["told"]):
+        raise RecordError(
+            f"--more-samples and --told are of --design tokens; leave them out of a fit by the "
+            f"paper's {settings.design}"
+        )
 
 
 def _as_loaded(given: Mapping[str, object]) -> str:

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from offline.dataset import Dataset
+from offline.dataset import FITTED, Dataset
 from offline.examples import Stored, token_rows
 from offline.features import Features, FloatArray, IntArray
 from offline.fit_result import FitResult
@@ -24,6 +24,7 @@ from offline.splits import folds
 RANDOM = "random neurons, as many"
 RANDOM_DRAWS = 20
 PENALTIES = (3.0, 0.3, 0.03, 0.003, 0.0003)  # L2, per example, on standardised features
+JITTER = 1e-5  # of a row's length: equal rows, and float32, leave the factor without a last digit
 BLOCK_ROWS = 4096  # that are read at a time
 
 _LOWER_IS_WORSE = ("logprob_mean", "logprob_min", "logprob_sum")
@@ -97,7 +98,7 @@ def answer_detectors(
 
     seen, asked: `answer_means` of the answers to fit on and of `answers`.
     """
-    fitted = data.answered("fit")
+    fitted = data.answered(*FITTED)
     wrong, units = data.hallucinated(fitted), data.unit[data.first[fitted]].tolist()
     detectors = {
         **whole_statistics(data, answers),
@@ -117,7 +118,7 @@ def random_answer_neurons(
 ) -> Floats:
     """`[draws, answers]`: as many neurons as the probe has, drawn at random, fitted on answers."""
     random = np.random.default_rng(result.settings.seed)
-    fitted = data.answered("fit")
+    fitted = data.answered(*FITTED)
     wrong, units = data.hallucinated(fitted), data.unit[data.first[fitted]].tolist()
     scores = []
     for _ in range(RANDOM_DRAWS):
@@ -148,7 +149,7 @@ def _words(data: Dataset, answers: IntArray, *, with_answer: bool) -> Floats:
         chosen = [data.answers[i] for i in indices]
         return [f"{a.question} {a.text}" if with_answer else a.question for a in chosen]
 
-    fitted = data.answered("fit")
+    fitted = data.answered(*FITTED)
     model = make_pipeline(TfidfVectorizer(sublinear_tf=True), LogisticRegression())
     model.fit(texts(fitted), data.hallucinated(fitted))
     scores: Floats = model.decision_function(texts(answers))
@@ -164,17 +165,19 @@ def _residual_means(data: Dataset, answers: IntArray, layer: int) -> FloatArray:
 
 
 def _dense_cett(seen: Stored, asked: Stored, wrong: Bools, units: list[str]) -> Floats:
-    """Every neuron: far more columns than rows, so the fit is done on the rows' inner products,
-    which loses nothing (the solution of an L2 fit lies in the span of the rows)."""
+    """Every neuron: far more columns than rows, so the fit is done in the span of the rows, where
+    the solution of an L2 fit lies. The Cholesky factor of their inner products has their
+    coordinates there; an eigendecomposition gives the same fit and takes ten times as long."""
+    from scipy.linalg import cholesky, solve_triangular
+
     x = np.asfortranarray(seen, dtype=np.float32)
     mean, scale = standardise(x)
-    values, vectors = np.linalg.eigh((x @ x.T).astype(np.float64))
-    kept = values > values.max() * 1e-6
-    root = np.sqrt(values[kept])
-    turned = (((asked.astype(np.float32) - mean) / scale) @ x.T).astype(np.float64) @ (
-        vectors[:, kept] / root
-    )
-    model = _dense((vectors[:, kept] * root).astype(np.float32), wrong, units, scaled=False)
+    products = (x @ x.T).astype(np.float64)
+    products[np.diag_indices(len(x))] *= 1 + JITTER
+    root = cholesky(products, lower=True, overwrite_a=True)
+    across = (x @ ((asked.astype(np.float32) - mean) / scale).T).astype(np.float64)
+    turned = solve_triangular(root, across, lower=True, overwrite_b=True).T
+    model = _dense(root.astype(np.float32), wrong, units, scaled=False)
     return model.read(turned.astype(np.float32))
 
 

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
-import msgspec
 import numpy as np
 
 from offline.baselines import whole_statistics
@@ -23,7 +22,7 @@ from offline.features import IntArray
 from offline.fit_result import FitResult
 from offline.metrics import mean_of_positives
 from offline.mixtures import pooled
-from offline.questions import STYLES, Question, shuffle_key
+from offline.questions import Question, question_of, shuffle_key
 from offline.records import Answer, Label, RecordError, read_labelled
 from offline.splits import Split, assign
 from offline.tables import table
@@ -53,20 +52,8 @@ def questions_again(
         for answer in answers
         if answer.id in judged and parts[answer.id] == "test"
     }
-    return [
-        Question(
-            id=id,
-            source=answer.source,
-            style=answer.style,
-            group=answer.group,
-            question=answer.question,
-            prompt=answer.prompt,
-            gold=answer.gold,
-            split=answer.split,
-            max_tokens=STYLES[answer.style][1],
-        )
-        for id, answer in sorted(chosen.items(), key=lambda pair: shuffle_key(pair[0]))[:QUESTIONS]
-    ]
+    shuffled = sorted(chosen.items(), key=lambda pair: shuffle_key(pair[0]))
+    return [question_of(answer) for _, answer in shuffled[:QUESTIONS]]
 
 
 def best_of_rows(samples: Dataset, result: FitResult) -> Iterator[EvaluationRow]:
@@ -124,9 +111,7 @@ def load_samples(run: Path, data: Dataset) -> Dataset | None:
     if not (folder / "labels.jsonl").exists():
         return None
     samples = load_dataset(folder, Split(seed=data.split.seed))
-    found, like = samples.features.header, data.features.header
-    if found != msgspec.structs.replace(like, labels_sha256=found.labels_sha256):
-        raise RecordError(f"{folder / 'features'} were read otherwise than the answers; `resample`")
+    samples.features.header.check_alike(data.features.header, FOLDER)
     answers = read_labelled(run).answers
     _, parts = assign(answers, data.split)
     tested = {answer.question_id for answer in answers if parts[answer.id] == "test"}

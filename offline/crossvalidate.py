@@ -21,7 +21,7 @@ import numpy as np
 from scipy import stats
 
 from offline.card import evaluation_tables
-from offline.dataset import Dataset
+from offline.dataset import FITTED, Dataset
 from offline.domains import NEVER_TRAINED_ON, ORDINARY_RESPONSES, ORDINARY_TOKENS
 from offline.evaluate import Evaluation, evaluate
 from offline.fit import fit
@@ -65,7 +65,7 @@ class CrossValidation(Record, frozen=True, kw_only=True):
 def crossvalidate(data: Dataset, like: FitResult, run: Path, *, splits: int) -> CrossValidation:
     """Fit as `like` was, and evaluate, on each of `splits` splits; of these, what `run` holds
     already is kept."""
-    like.check(data.features.header)
+    like.check(data)
     folder = run / FOLDER / like.sha256[:12]  # another fit: anew
     results, evaluations = [], []
     start = time.monotonic()
@@ -97,22 +97,25 @@ def outer_splits(data: Dataset, settings: FitSettings, count: int) -> Iterator[D
     """The data `count` times, each time with another share of its units as the part `test`.
 
     Long ordinary answers and sources of the part `transfer` stay where they are. What the test asks
-    in another unit, or as ordinary prose, is excluded from the fit.
+    in another unit, or as ordinary prose, is excluded from the fit; so are augmented answers of its
+    units. Nothing augments the units of the run's own test where they are fitted on.
     """
-    home = data.part[data.first[:-1]].astype("U8")  # as wide as "excluded"
+    home = data.part[data.first[:-1]].astype("U9")  # as wide as "augmented"
+    unit = data.unit[data.first[:-1]]
     judged = [
         i
-        for i, answer in enumerate(data.answers)
+        for i, answer in enumerate(data.answers[: data.own])
         if answer.gold and answer.source not in data.split.transfer
     ]
-    units = [str(data.unit[data.first[i]]) for i in judged]
+    units = unit[judged].tolist()
     fold = np.array(folds(units, count, seed=settings.seed))
     text = np.array([plain(answer) for answer in data.answers])
     for number in range(count):
         parts = home.copy()
         parts[judged] = np.where(fold == number, "test", "fit")
         tested = np.isin(text, text[parts == "test"])
-        parts[tested & (parts == "fit")] = "excluded"
+        tested |= np.isin(unit, unit[parts == "test"])
+        parts[tested & np.isin(parts, FITTED)] = "excluded"
         yield replace(data, part=parts[data.features.answer])
 
 

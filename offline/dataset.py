@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offline.choice import WRONG_PER_RIGHT_OF_GROUP, balance
 from offline.features import Features, IntArray, load_features
-from offline.records import Answer, Label, RecordError, read_labelled, sha256
+from offline.records import Answer, Label, Labelled, RecordError, read_labelled, sha256
 from offline.shards import Kind
 from offline.splits import Part, Split, assign
 
 Names = NDArray[np.str_]
+T = TypeVar("T", Answer, Label)
+
+# Runs within a run, of which only the answer head is fitted (offline/augment.py).
+AUGMENTED = ("augmented/samples", "augmented/told")
+FITTED: tuple[Part, ...] = ("fit", "augmented")  # the parts that an answer head is fitted on
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +29,9 @@ class Dataset:
     """Rows are tokens, in the order of `features`; answers are those of `features.ids`.
 
     part, unit [rows]: a unit (relation or question) lies in one part only. first [answers + 1]:
-    the rows of answer i are `first[i] .. first[i + 1] - 1`, in the order of the text.
+    the rows of answer i are `first[i] .. first[i + 1] - 1`, in the order of the text. The first
+    `own` answers are the run's own; behind them stand those of the runs within it, of whose labels
+    `augmented` has the digests.
     """
 
     features: Features
@@ -33,6 +41,8 @@ class Dataset:
     unit: Names
     first: IntArray
     split: Split
+    own: int
+    augmented: dict[str, str]
 
     def even_rows(self, part: Part, *kinds: Kind) -> IntArray:
         """Rows of `even` answers of a part whose token is of one of `kinds`."""
@@ -45,14 +55,14 @@ class Dataset:
         chosen = (self.part == part) & np.isin(self.features.kind, kinds)
         return np.flatnonzero(chosen)
 
-    def answered(self, part: Part, *, source: str = "", style: str = "") -> IntArray:
-        """Indices of the right and wrong answers of a part (and source, style when given)."""
+    def answered(self, *parts: Part, source: str = "", style: str = "") -> IntArray:
+        """Indices of the right and wrong answers of parts (and source, style when given)."""
         return np.array(
             [
                 i
                 for i, (answer, label) in enumerate(zip(self.answers, self.labels, strict=True))
                 if label.verdict in ("right", "wrong")
-                and self.part[self.first[i]] == part
+                and self.part[self.first[i]] in parts
                 and source in ("", answer.source)
                 and style in ("", answer.style)
             ],
@@ -103,13 +113,24 @@ class Dataset:
 
 
 def load_dataset(run: Path, split: Split | None = None) -> Dataset:
-    """Join the files of a run, split as `label` was told or by another `split`; RecordError when
-    they do not belong together."""
+    """Join the files of a run, split as `label` was told or by another `split`, and those of the
+    runs within it that `augment` made; RecordError when they do not belong together."""
+    features, (_, answers, said, labels) = _load(run)
+    data = join(features, answers, labels, split or Split.of(said))
+    units, parts = assign(answers, data.split)
+    home = {a.question_id: units[a.id] for a in answers if parts[a.id] == "fit"}
+    for name in AUGMENTED:
+        if (run / name / "labels.jsonl").exists():
+            features, (_, answers, _, labels) = _load(run / name)
+            data = augmented(data, name, features, answers, labels, home)
+    return data
+
+
+def _load(run: Path) -> tuple[Features, Labelled]:
     features = load_features(run / "features")
     if features.header.labels_sha256 != sha256(run / "labels.jsonl"):
         raise RecordError(f"{run / 'features'} was made from other labels; run `extract` again")
-    _, answers, said, labels = read_labelled(run)
-    return join(features, answers, labels, split or Split.of(said))
+    return features, read_labelled(run)
 
 
 def join(
@@ -120,22 +141,59 @@ def join(
 ) -> Dataset:
     """Rows with their answer, label and part. All answers are split, as `label` splits them: what
     gave no rows still counts among the groups of its source."""
-    answer_of = {answer.id: answer for answer in answers}
-    label_of = {label.id: label for label in labels}
-    missing = [id for id in features.ids if id not in answer_of or id not in label_of]
-    if missing:
-        raise RecordError(f"features of {missing[0]!r} have no answer or label; extract again")
-    kept = tuple(answer_of[id] for id in features.ids)
     units, parts = assign(answers, split)
-    counts = np.bincount(features.answer, minlength=len(kept))
-    if (np.diff(features.answer) < 0).any() or (counts == 0).any():
-        raise RecordError("the rows of an answer must stand together; extract again")
     return Dataset(
         features=features,
-        answers=kept,
-        labels=tuple(label_of[id] for id in features.ids),
+        answers=_of_features(features, answers),
+        labels=_of_features(features, labels),
         part=np.array([parts[id] for id in features.ids])[features.answer],
         unit=np.array([units[id] for id in features.ids])[features.answer],
-        first=np.concatenate([[0], np.cumsum(counts)]),
+        first=_first_rows(features),
         split=split,
+        own=len(features.ids),
+        augmented={},
     )
+
+
+def augmented(
+    data: Dataset,
+    name: str,
+    features: Features,
+    answers: Sequence[Answer],
+    labels: Sequence[Label],
+    home: Mapping[str, str],
+) -> Dataset:
+    """`data`, and more answers of its part "fit": those of units that it has answers of.
+
+    home  question -> unit, of the part "fit"; what is asked elsewhere is excluded
+    RecordError when the features were read otherwise than those of `data`.
+    """
+    features.header.check_alike(data.features.header, name)
+    known = set(data.unit[data.part == "fit"].tolist())
+    units = [home.get(answer.question_id, "") for answer in _of_features(features, answers)]
+    parts: list[Part] = ["augmented" if unit in known else "excluded" for unit in units]
+    return replace(
+        data,
+        features=data.features.followed_by(features),
+        answers=(*data.answers, *_of_features(features, answers)),
+        labels=(*data.labels, *_of_features(features, labels)),
+        part=np.concatenate([data.part, np.array(parts)[features.answer]]),
+        unit=np.concatenate([data.unit, np.array(units)[features.answer]]),
+        first=np.concatenate([data.first, data.first[-1] + _first_rows(features)[1:]]),
+        augmented=data.augmented | {name: features.header.labels_sha256},
+    )
+
+
+def _of_features(features: Features, records: Sequence[T]) -> tuple[T, ...]:
+    """Those that the features have rows of, in their order."""
+    by_id = {record.id: record for record in records}
+    if missing := [id for id in features.ids if id not in by_id]:
+        raise RecordError(f"features of {missing[0]!r} have no answer or label; extract again")
+    return tuple(by_id[id] for id in features.ids)
+
+
+def _first_rows(features: Features) -> IntArray:
+    counts = np.bincount(features.answer, minlength=len(features.ids))
+    if (np.diff(features.answer) < 0).any() or (counts == 0).any():
+        raise RecordError("the rows of an answer must stand together; extract again")
+    return np.concatenate([[0], np.cumsum(counts)])

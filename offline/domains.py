@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from offline.dataset import Dataset
+from offline.dataset import FITTED, Dataset
 from offline.examples import Examples, Stored
 from offline.features import IntArray
 from offline.fit_result import ANSWER, FitResult
@@ -61,7 +61,7 @@ def alone(
     """
     if len(result.chosen.heads) == 1:
         return
-    fitted = data.answered("fit")
+    fitted = data.answered(*FITTED)
     sources = np.array([data.answers[i].source for i in fitted])
     for source in sorted(set(sources.tolist())):
         kept = np.ones(len(examples.unit), dtype=np.bool_)

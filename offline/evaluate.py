@@ -27,7 +27,7 @@ from offline.baselines import (
 )
 from offline.best_of import best_of_rows
 from offline.curves import Curve
-from offline.dataset import Dataset
+from offline.dataset import FITTED, Dataset
 from offline.domains import MIN_CLASS, Place, alone, places
 from offline.examples import answer_examples, answer_means
 from offline.features import IntArray
@@ -82,7 +82,7 @@ def evaluate(
 ) -> Evaluation:
     """Everything on part `test`; every source, those of part `transfer` too, on its own; on texts
     of others; and what choosing among `samples` of a question gains."""
-    result.check(data.features.header)
+    result.check(data)
     held_out = np.flatnonzero(np.isin(data.part, ("test", "transfer")))
     logits = np.full((len(data.part), len(result.chosen.heads)), np.nan)
     logits[held_out] = result.chosen.logits(data.features, held_out)  # nan: must not be asked for
@@ -158,7 +158,7 @@ def _answer_scores(
         return []
     every = np.unique(np.concatenate(sets))
     examples = answer_examples(data, result.settings)
-    seen = examples.x[: len(data.answered("fit"))]  # the rest are windows of prose
+    seen = examples.x[: len(data.answered(*FITTED))]  # the rest are windows of prose
     asked = answer_means(data, every)
     probe = pooled(data, logits[:, result.response_head], every, result.pooling)
     rivals = answer_detectors(data, every, seen=seen, asked=asked)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from offline.dataset import Dataset, Names
+from offline.dataset import FITTED, Dataset, Names
 from offline.features import Features, IntArray
 from offline.metrics import Bools
 from offline.records import RecordError
@@ -107,8 +107,9 @@ def token_examples(data: Dataset, settings: FitSettings) -> Examples:
 
 
 def answer_examples(data: Dataset, settings: FitSettings) -> Examples:
-    """Whole short answers, wrong against right and against windows of ordinary prose."""
-    answers = data.answered("fit")
+    """Whole short answers, wrong against right, those of `augment` among them, and against windows
+    of ordinary prose."""
+    answers = data.answered(*FITTED)
     wrong = data.hallucinated(answers)
     windows = [
         rows[start : start + settings.window]

@@ -19,7 +19,7 @@ IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """All rows of a run. Every row carries the id of its answer; nothing is matched by order.
+    """All rows of a run. Every row carries its answer; nothing is matched by order.
 
     answer [rows] index into `ids`; token [rows]; kind [rows] of `extract.Kind`; logprob, entropy
     [rows]; whole [answers, len(WHOLE)]
@@ -49,6 +49,21 @@ class Features:
         """`[rows, hidden]` float32 of one of the header's residual layers."""
         k = self.header.residual_layers.index(layer)
         return self._gather("residual", rows, None, k)
+
+    def followed_by(self, other: Features) -> Features:
+        """All rows of `self`, then all of `other`, which were read alike."""
+        both = {
+            name: np.concatenate([getattr(self, name), getattr(other, name)])
+            for name in ("token", "kind", "logprob", "entropy", "whole")
+        }
+        return Features(
+            header=self.header,
+            paths=(*self.paths, *other.paths),
+            starts=np.concatenate([self.starts, self.starts[-1] + other.starts[1:]]),
+            ids=(*self.ids, *other.ids),
+            answer=np.concatenate([self.answer, len(self.ids) + other.answer]),
+            **both,
+        )
 
     def _gather(
         self, name: str, rows: IntArray, columns: IntArray | None, k: int | None = None

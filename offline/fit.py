@@ -74,6 +74,11 @@ def make_examples(data: Dataset, settings: FitSettings) -> dict[str, Examples]:
     """Head -> what it is fitted on."""
     if settings.design == "tokens":
         return {TOKEN: token_examples(data, settings), ANSWER: answer_examples(data, settings)}
+    if data.augmented:
+        raise RecordError(
+            f"--design {settings.design} is fitted on claims of the model's own answers, and the "
+            f"run holds {' and '.join(data.augmented)}; delete them, or fit with --design tokens"
+        )
     return {TOKEN: claim_examples(data, around=settings.design == "3-vs-1")}
 
 
@@ -239,6 +244,7 @@ def _calibrated(
     return FitResult(
         settings=settings,
         features=data.features.header,
+        augmented=data.augmented,
         chosen=chosen,
         found_in=found_in,
         penalty=penalty,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import msgspec
 import numpy as np
@@ -17,6 +17,9 @@ from offline.splits import SPLIT_SEED
 from probes.calibration import Calibration, OperatingPoint
 from probes.card import SpanRule
 from probes.spans import Pooling
+
+if TYPE_CHECKING:
+    from offline.dataset import Dataset
 
 TOKEN, ANSWER = "token", "answer"  # the heads
 
@@ -90,6 +93,7 @@ class FitResult(Record, frozen=True, kw_only=True):
 
     settings: FitSettings
     features: FeaturesHeader
+    augmented: dict[str, str]  # run within the run -> digest of its labels
     chosen: Weights
     # [columns] share of fits on half of the units that found it, too; or nothing: not known
     found_in: tuple[float, ...]
@@ -115,9 +119,9 @@ class FitResult(Record, frozen=True, kw_only=True):
         """Of the file that `save` writes: evaluation.json says by it which fit it judges."""
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
 
-    def check(self, features: FeaturesHeader) -> None:
+    def check(self, data: Dataset) -> None:
         """RecordError unless it was fitted on these features."""
-        if self.features != features:
+        if (self.features, self.augmented) != (data.features.header, data.augmented):
             raise RecordError("fit.json was made of other features than there are; `fit` again")
 
     @classmethod

@@ -98,6 +98,22 @@ Given = Annotated[
         "kinds: facts (a question file), halueval, refchecker",
     ),
 ]
+MoreSamples = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="answers more of each question of the fit part that is answered in few words, sampled "
+        "at temperature .7, for the answer head; 0: none",
+    ),
+]
+Told = Annotated[
+    bool,
+    typer.Option(
+        "--told",
+        help="fit the answer head on statements, too, that nobody sampled: questions of the style "
+        "complete with their accepted answer, and with another of the same relation",
+    ),
+]
 BestOf = Annotated[
     int,
     typer.Option(

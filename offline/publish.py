@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offline.augment import is_told
 from offline.calibrate import reference_risks
 from offline.card import readme
 from offline.caveats import not_good_for
@@ -69,7 +71,7 @@ def publish(
     """
     if loaded.identity != result.features.model:
         raise RecordError("the features were extracted from another model; extract and fit again")
-    result.check(data.features.header)
+    result.check(data)
     evaluation.check(result)
     ffns = find_ffns(loaded.model)
     card = ProbeCard(
@@ -159,6 +161,8 @@ def training_facts(run: Path, result: FitResult, data: Dataset) -> dict[str, str
         "answers_sha256": sha256(run / "answers.jsonl"),
         "labels_sha256": sha256(run / "labels.jsonl"),
     }
+    if data.augmented:
+        facts["augmented by"] = _augmented_by(data)
     tokens = data.features.kind[mixture(data, "fit")] == Kind.WRONG
     responses = response_mixture(data, "fit")[1]
     facts["calibrated on"] = (
@@ -177,6 +181,19 @@ def training_facts(run: Path, result: FitResult, data: Dataset) -> dict[str, str
             f"{len(answered) - wrong} right, {wrong} wrong, {len(data.ordinary(part))} ordinary"
         )
     return facts
+
+
+def _augmented_by(data: Dataset) -> str:
+    """Of what only the answer head, and its rivals, are fitted on besides."""
+    counts: Counter[str] = Counter()
+    for i in data.answered("augmented"):
+        kind = "told" if is_told(data.answers[i]) else "sampled"
+        counts[f"{kind} {data.labels[i].verdict}"] += 1
+    return (
+        f"of questions of the fit part, for the answer head alone: {counts['sampled right']} right "
+        f"and {counts['sampled wrong']} wrong further samples; {counts['told right']} right and "
+        f"{counts['told wrong']} wrong statements that nobody sampled"
+    )
 
 
 def _chosen(result: FitResult) -> str:

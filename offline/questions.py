@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from offline.records import RecordError
+from offline.records import Answer, RecordError
 from offline.splits import OWN_SPLITS
 
 MAX_ROW_BYTES = 1_000_000
@@ -137,6 +137,21 @@ def read_questions(source: Source) -> list[Question]:
         )
         for row in sorted(chosen, key=lambda row: shuffle_key(row.id))
     ]
+
+
+def question_of(answer: Answer) -> Question:
+    """The question of an answer, to be asked again."""
+    return Question(
+        id=answer.question_id,
+        source=answer.source,
+        style=answer.style,
+        group=answer.group,
+        question=answer.question,
+        prompt=answer.prompt,
+        gold=answer.gold,
+        split=answer.split,
+        max_tokens=STYLES[answer.style][1],
+    )
 
 
 def check_unique(questions: Sequence[Question]) -> None:

@@ -148,7 +148,7 @@ def make_report(
 ) -> Report:
     """Gather it from the files of `run`, all of which must be there but crossvalidation.json,
     sweep.json and transfer/. RecordError when they do not belong together."""
-    result.check(data.features.header)
+    result.check(data)
     evaluation.check(result)
     header, answers, _, labels = read_labelled(run)
     tokenizer.check(header, run / "answers.jsonl")

@@ -49,6 +49,14 @@ class FeaturesHeader(Record, frozen=True, kw_only=True):
     dtype: str = "float16"  # of stored `cett`
     residual_dtype: Literal["float32"]  # large models leave float16's range
 
+    def check_alike(self, like: FeaturesHeader, name: str) -> None:
+        """RecordError unless both were read in one way; their labels are each one's own."""
+        if msgspec.structs.replace(self, labels_sha256=like.labels_sha256) != like:
+            raise RecordError(
+                f"the features of {name} were read otherwise than those of the answers (model, "
+                f"position, dtype or layers); run their verb again"
+            )
+
 
 class ShardInfo(Record, frozen=True, kw_only=True):
     """The metadata of a shard. One value under one key: safetensors writes several keys in an order

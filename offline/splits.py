@@ -16,7 +16,8 @@ from typing import Literal, NamedTuple
 from offline.records import Answer, RecordError
 from offline.words import words
 
-Part = Literal["fit", "test", "transfer", "excluded"]
+# augmented: fitted on besides, of units of the part fit; nothing is chosen or calibrated by it
+Part = Literal["fit", "test", "transfer", "excluded", "augmented"]
 
 TEST_SHARE = 0.25
 SPLIT_SEED = 1128  # of the shipped probe; chosen by date, before anything was fitted with it

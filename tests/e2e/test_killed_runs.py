@@ -112,7 +112,8 @@ def test_twenty_kills_leave_no_trace(
             *("train", str(tiny_model), "--out", str(out), "--name", "tiny"),
             *("--questions", f"{facts}:complete", "--questions", f"{prompts}:ordinary"),
             *("--given", f"{given}:refchecker", "--best-of", "2"),
-            *("--base-url", server, "--solver", "liblinear", "--in-flight", "8"),
+            *("--told", "--more-samples", "2", "--base-url", server),
+            *("--solver", "liblinear", "--in-flight", "8"),
             until=until,
         )
 

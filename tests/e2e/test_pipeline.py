@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from offline import metrics
 from offline.__main__ import app
+from offline.dataset import load_dataset
 from offline.evaluate import Evaluation
 from offline.features import load_features
 from offline.fit_result import FitResult
@@ -48,7 +49,15 @@ def run(
     out = tmp_path_factory.mktemp("run") / "tiny"
     arguments = ["train", str(tiny_model), "--out", str(out), "--name", "tiny"]
     arguments += ["--questions", f"{facts}:complete", "--questions", f"{prompts}:ordinary"]
-    arguments += ["--given", f"{given}:refchecker", "--best-of", "3"]
+    arguments += [
+        "--given",
+        f"{given}:refchecker",
+        "--best-of",
+        "3",
+        "--more-samples",
+        "2",
+        "--told",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "RESAMPLES", 20)  # the intervals are not what is tested here
         result = CliRunner().invoke(app, [*arguments, "--solver", "liblinear"])
@@ -98,6 +107,22 @@ def test_questions_of_the_test_part_are_asked_again_for_best_of_n(run: Path) -> 
     assert len(samples) == 3 * len({answer.question_id for answer in samples})
 
 
+def test_the_answer_head_is_fitted_on_more_than_was_said_first(run: Path) -> None:
+    """Of questions of the fit part alone, and the card says how many."""
+    data = load_dataset(run)
+    asked = {data.answers[i].question_id for i in data.answered("fit")}
+    added = data.answered("augmented")
+    assert {data.answers[i].question_id for i in added} <= asked
+    told = [i for i in added if "/told " in data.answers[i].id]
+    assert 0 < len(told) < len(added)
+    result = FitResult.load(run / "fit.json")
+    assert set(result.augmented) == {"augmented/samples", "augmented/told"}
+    right = sum(not data.labels[i].hallucinated for i in told)
+    assert f"{right} right and {len(told) - right} wrong statements" in str(
+        Probe.load(run / "probe").card.training["augmented by"]
+    )
+
+
 def test_publishing_again_is_no_other_probe_and_another_name_is(
     run: Path, tiny_model: Path
 ) -> None:
@@ -112,7 +137,8 @@ def test_publishing_again_is_no_other_probe_and_another_name_is(
 
 def test_the_seconds_of_each_verb_are_kept(run: Path) -> None:
     assert list(json.loads((run / ".times.json").read_bytes())) == [
-        "collect", "label", "extract", "resample", "fit", "evaluate", "publish", "report",
+        "collect", "label", "extract", "augment", "resample",
+        "fit", "evaluate", "publish", "report",
     ]  # fmt: skip
 
 
