@@ -120,9 +120,12 @@ def load_model(
         if quantised := quantisation(config.to_dict()):
             refuse_unproven(short_name(model), quantised)
         ask_for_plain(config)
+        # transformers' sdpa leaves the cap of Gemma 2's scores out; engines that serve do not.
+        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
         loaded = AutoModelForCausalLM.from_pretrained(
             model,
             config=config,
+            attn_implementation="eager" if capped else None,
             revision=revision or "main",
             dtype=dtype,
             device_map=device_map,

@@ -107,7 +107,10 @@ def choose_operating_points(
                     f"{(negatives >= 1).mean():.1%} of the negatives have risk 1: no threshold "
                     f"keeps a false-positive rate of {rate:.1%}"
                 )
-            threshold = (limit + float(above[0] if len(above) else 1.0)) / 2
+            ahead = float(above[0]) if len(above) else 1.0
+            threshold = (limit + ahead) / 2
+            if threshold <= limit:  # there is no number between the two
+                threshold = ahead
         points.append(
             OperatingPoint(
                 name=f"fpr_{100 * rate:g}",

@@ -28,6 +28,12 @@ async def check_probes(engine: Engine, probes: Sequence[Probe], *, suppression: 
     """
     for probe in probes:
         match(probe, engine.card.identity)
+        longest = max((len(one.token_ids) for one in probe.card.known_answers), default=0)
+        if longest > engine.card.max_model_len:
+            raise KnownAnswerError(
+                f"probe {probe.id!r} proves itself on texts of up to {longest} tokens, and "
+                f"{engine.card.max_model_len} fit here; raise --max-model-len"
+            )
         answers = range(len(probe.card.known_answers))
         check(probe, [await _logits(engine, probe, i) for i in answers])
         for alpha in (1.0, SUPPRESSED) if suppression else (1.0,):

@@ -67,7 +67,9 @@ class Reload:
                     )
                 probes = await asyncio.to_thread(self._load)
                 await self._try(engine, probes)
-            except HNeuronsError as error:
+            except Exception as error:  # whatever it is, the old probes go on
+                if not isinstance(error, HNeuronsError):
+                    log.exception("probe reload failed")
                 metrics.probes_reloaded("rejected")
                 log.error("probe reload rejected", extra={"reason": " ".join(str(error).split())})
                 return
@@ -95,6 +97,6 @@ class Reload:
         await engine.attach(probes)
         try:
             await check_probes(engine, probes, suppression=self._service.suppression)
-        except HNeuronsError:
+        except Exception:
             await engine.detach()
             raise

@@ -95,6 +95,7 @@ def attend(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    softcap: float | None = None,
     **kwargs: Any,  # noqa: ANN401  # whatever the model passes on to the library
 ) -> tuple[Tensor, None]:
     """Signature and result of the library's `sdpa_attention_forward`.
@@ -102,10 +103,13 @@ def attend(
     query           `[rows, heads, tokens, head_dim]`
     key, value      `[rows, kv_heads, columns, head_dim]`
     attention_mask  `[rows, 1, tokens, columns]` bool or added to the scores; None: causal
+    softcap         of the scores, as Gemma 2 has it; the library's own sdpa leaves it out
     returns         `[rows, tokens, heads, head_dim]`
     """
     rows, heads, tokens, head_dim = query.shape
     kv_heads = key.shape[1]
+    if softcap is not None:
+        return _attend_capped(query, key, value, attention_mask, scaling, softcap), None
     # A position bias is per query head: the heads of a group cannot share one mask then.
     if tokens != 1 or kv_heads == heads or kwargs.get("position_bias") is not None:
         output: Tensor = sdpa_attention_forward(
@@ -117,3 +121,31 @@ def attend(
         grouped, key, value, attn_mask=attention_mask, scale=scaling
     )
     return output.reshape(rows, 1, heads, value.shape[-1]), None
+
+
+def _attend_capped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    softcap: float,
+) -> Tensor:
+    """As transformers' `eager_attention_forward` of Gemma 2: no fused kernel caps scores."""
+    rows, heads, tokens, head_dim = query.shape
+    kv_heads, columns = key.shape[1:3]
+    grouped = query.reshape(rows, kv_heads, heads // kv_heads * tokens, head_dim)
+    scores = (grouped @ key.mT).reshape(rows, heads, tokens, columns)
+    scores = torch.tanh(scores * (head_dim**-0.5 if scaling is None else scaling) / softcap)
+    scores = scores * softcap
+    if attention_mask is None:
+        attention_mask = torch.ones(tokens, columns, dtype=torch.bool, device=query.device).tril(
+            columns - tokens
+        )
+    if attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, -torch.inf)
+    else:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    mixed = weights.reshape(rows, kv_heads, -1, columns) @ value
+    return mixed.reshape(rows, heads, tokens, -1).transpose(1, 2).contiguous()

@@ -32,8 +32,16 @@ States: TypeAlias = tuple[tuple[Tensor, Tensor], ...]
 class BatchCache(Cache):
     """One preallocated buffer per layer, `[rows, heads, columns, head_dim]`, written in place."""
 
-    def __init__(self, num_layers: int, *, rows: int = 0, device: torch.device) -> None:
-        """`rows` rows without tokens."""
+    def __init__(
+        self,
+        num_layers: int,
+        *,
+        rows: int = 0,
+        device: torch.device,
+        longest: int | None = None,
+    ) -> None:
+        """`rows` rows without tokens, of which none comes to hold more than `longest`."""
+        self.longest = longest
         self.lengths = [0] * rows  # tokens of each row
         self.device = device
         self.stored = torch.zeros(rows, dtype=torch.int64, device=device)  # as the pass began
@@ -45,6 +53,11 @@ class BatchCache(Cache):
     @property
     def rows(self) -> int:
         return len(self.lengths)
+
+    @property
+    def allocated(self) -> bool:
+        """Whether it holds buffers."""
+        return any(layer.is_initialized for layer in self._layers)
 
     def open(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Make room for `tokens` more tokens of every row; several only while rows are equally
@@ -158,13 +171,18 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         had_rows, heads, had_columns, _ = self.keys.shape
         if rows <= had_rows and columns <= had_columns:
             return
-        wide = had_columns if columns <= had_columns else _allocated(columns + columns // 2)
+        wide = had_columns if columns <= had_columns else self._ahead(columns)
         moved = []
         for old in (self.keys, self.values):
             new = old.new_zeros(max(rows, had_rows), heads, wide, old.shape[3])
             new[:had_rows, :, :had_columns] = old
             moved.append(new)
         self.keys, self.values = moved
+
+    def _ahead(self, columns: int) -> int:
+        """What is allocated where `columns` are wanted: what no row can fill is not."""
+        ahead, longest = columns + columns // 2, self.batch.longest
+        return _allocated(ahead if longest is None else max(columns, min(ahead, longest)))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.batch.columns, 0

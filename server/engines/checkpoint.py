@@ -50,7 +50,7 @@ def load_weights(
             output_loading_info=True,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise ModelError(f"{model_path} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{model_path} cannot be loaded: {_first_line(error)}") from error
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
     absent = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
@@ -63,6 +63,10 @@ def load_weights(
     model.requires_grad_(False)
     model.train(False)
     return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def load_tokenizer(model_path: Path | str, *, revision: str | None) -> PreTrainedTokenizerBase:
@@ -91,7 +95,7 @@ def refuse_unreadable(model_path: Path | str, *, revision: str | None) -> None:
     try:
         config, _ = PreTrainedConfig.get_config_dict(model_path, revision=revision or "main")
     except OSError as error:
-        raise ModelError(f"no model at {model_path}: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"no model at {model_path}: {_first_line(error)}") from error
     if "auto_map" in config or "auto_map" in get_tokenizer_config(model_path, revision=revision):
         raise ModelError(
             f"{model_path} wants its own code to be run (auto_map), which is never done: use a "

@@ -36,8 +36,12 @@ class Tap(NamedTuple):
 class Forward:
     """The model as the scheduler sees it: token ids in, next-token logits and readings out."""
 
-    def __init__(self, model: PreTrainedModel, meter: Meter | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, meter: Meter | None, *, longest: int | None = None
+    ) -> None:
+        """longest: tokens that a row may come to hold; None: any number"""
         self._model = model
+        self._longest = longest
         self.meter = meter  # may be changed between two passes
         self.device = model.device
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -56,7 +60,7 @@ class Forward:
         return self.meter.seconds_total if self.meter else 0.0
 
     def new_cache(self, rows: int = 0) -> BatchCache:
-        return BatchCache(self.num_layers, rows=rows, device=self.device)
+        return BatchCache(self.num_layers, rows=rows, device=self.device, longest=self._longest)
 
     def __call__(
         self,

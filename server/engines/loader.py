@@ -109,6 +109,11 @@ def _refuse_other_caches(model: PreTrainedModel, *, masks_by_row: bool) -> None:
     """Windows need a mask that knows where each row stands, see server/engines/attention.py."""
     config = model.config.get_text_config(decoder=True)
     batched = {"full_attention", "sliding_attention"} if masks_by_row else {"full_attention"}
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise ModelError(
+            f"{type(model).__name__} shares keys and values between layers; this engine cannot "
+            f"batch it: use --engine vllm, or a decoder whose layers keep their own"
+        )
     kinds = set(get_layer_types_and_kwargs(config)[0]) - batched
     if kinds or model._is_stateful or config.is_encoder_decoder:
         kind = ", ".join(sorted(kinds)) or "a recurrent state"

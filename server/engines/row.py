@@ -54,8 +54,13 @@ class Row:
             return min(most, self.request.start - 1)
         return most
 
-    def score(self, found: Iterable[Reading]) -> None:
-        """Keep what a ScoreRequest wants of the readings of a pass."""
+    @property
+    def first_wanted(self) -> int:
+        """The first position whose reading a ScoreRequest wants."""
         assert isinstance(self.request, ScoreRequest)
-        wanted = max(self.request.start - 1, 0)
-        self.readings += [reading for reading in found if reading.position >= wanted]
+        return max(self.request.start - 1, 0)
+
+    def score(self, found: Iterable[Reading]) -> None:
+        """Keep the readings of a pass, which are of positions that a ScoreRequest wants."""
+        assert isinstance(self.request, ScoreRequest)
+        self.readings += found

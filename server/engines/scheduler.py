@@ -75,6 +75,7 @@ class Scheduler:
         outcomes: list[tuple[Row, Outcome]] = []
         if self._prefill is None:
             self._prefill = self._next_prefill()
+            self._count()  # what is read from here on does not wait, and a pass may take seconds
         if self._prefill is not None:
             outcomes += self._read_prompts(self._prefill)
         if self._rows:
@@ -134,8 +135,10 @@ class Scheduler:
         steps = self._write(
             [rows[i] for i in writing], logits[writing], [readings[i] for i in writing]
         )
+        finite = torch.isfinite(logits.sum(-1, dtype=torch.float32)).tolist()
         for i in read:
-            if len(rows[i].prompt) - prefill.start >= WORTH_SHARING:
+            # Keys and values that overflowed would spread to everybody who begins alike.
+            if finite[i] and len(rows[i].prompt) - prefill.start >= WORTH_SHARING:
                 self._prefixes.keep(rows[i].salt, rows[i].prompt, prefill.cache, i)
         for i, (row, step) in zip(writing, steps, strict=True):
             if _goes_on(step):
@@ -165,14 +168,16 @@ class Scheduler:
         """Readings of the pass that has fed `counts[row]` tokens to each row.
 
         None for rows without a probe; of a row that generates, and of every row unless the pass
-        has read all, the last token's only.
+        has read all, the last token's only; of one that is scored those that it wants.
         """
         taps = _taps(rows)
         table = self._forward.readings(taps, columns=max(counts) if read_all else 1)
         result: list[list[Reading]] = []
         for index, (row, tap, count) in enumerate(zip(rows, taps, counts, strict=True)):
             found: list[Reading] = []
-            first = 0 if row.sampler is None else max(0, count - 1)
+            first = max(0, count - 1)
+            if row.sampler is None:
+                first = min(count, max(0, row.first_wanted - (cache.lengths[index] - count)))
             for token in range(first, count) if tap.probe is not None else ():
                 position = cache.lengths[index] - count + token
                 column = token if read_all else 0
@@ -226,6 +231,8 @@ class Scheduler:
             self._cache.retire(index)
             self._rows[index] = self._rows[-1]
             self._rows.pop()
+        if not self._rows and self._cache.allocated:
+            self._cache = self._forward.new_cache()  # as wide as the longest row there ever was
 
 
 def _taps(rows: Sequence[Row]) -> list[Tap]:

@@ -13,6 +13,7 @@ import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LOOKS = 0.01  # whether the thread has ended
 
 
 class TransformersEngine:
@@ -74,7 +77,7 @@ class TransformersEngine:
         self._max_waiting_requests = max_waiting_requests
         self._max_waiting_tokens = max_waiting_tokens
         self._meter = meter
-        self._forward: Forward = Forward(model, meter)
+        self._forward: Forward = Forward(model, meter, longest=card.max_model_len)
         self._scheduler = Scheduler(
             self._forward,
             eos_token_ids=card.eos_token_ids,
@@ -189,7 +192,10 @@ class TransformersEngine:
         with self._wake:
             self._closing = True
             self._wake.notify()
-        await asyncio.to_thread(self._thread.join)
+        # Not a join in the loop's executor: asyncio waits for its threads before it ends, and a
+        # pass that hangs would keep a process alive that is to end.
+        while self._thread.is_alive():
+            await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
         if self._meter is not None:
             self._meter.close()
             self._meter = None
@@ -199,8 +205,10 @@ class TransformersEngine:
         total = len(token_ids) + more
         if not token_ids or total > self._card.max_model_len:
             raise ValueError(f"{total} tokens do not fit into 1..{self._card.max_model_len}")
-        if min(token_ids) < 0 or max(token_ids) >= self._card.identity.vocab_size:
-            raise ValueError(f"token ids are outside the vocabulary of {self._card.vocab_size}")
+        vocab_size = self._card.identity.vocab_size
+        for token_id in (min(token_ids), max(token_ids)):
+            if not 0 <= token_id < vocab_size:
+                raise ValueError(f"token id {token_id} is outside the vocabulary of {vocab_size}")
 
     def _tap(self, probe: str | None, alpha: float) -> Tap:
         if not math.isfinite(alpha) or alpha < 0:
@@ -221,9 +229,15 @@ class TransformersEngine:
             free = max(0, self._max_num_seqs - self._scheduler.running)
             tokens = self._scheduler.waiting_tokens + sum(len(r.prompt) for r in self._inbox)
             if waiting >= free + self._max_waiting_requests:
-                raise EngineOverloadedError(f"{waiting} requests are waiting already")
+                raise EngineOverloadedError(
+                    f"{waiting} requests are waiting, more than "
+                    f"--max-waiting-requests {self._max_waiting_requests} allows"
+                )
             if waiting and tokens + len(row.prompt) > self._max_waiting_tokens:
-                raise EngineOverloadedError(f"{tokens} prompt tokens are waiting already")
+                raise EngineOverloadedError(
+                    f"{tokens} prompt tokens are waiting, {len(row.prompt)} more are more than "
+                    f"--max-waiting-tokens {self._max_waiting_tokens} allows"
+                )
             if self._scheduler.idle and not self._inbox:
                 self._last_step = time.monotonic()
             self._inbox.append(row)
@@ -292,7 +306,7 @@ class TransformersEngine:
         self._scheduler.forget_prefixes()
         self._meter = self._forward.meter = meter
         self._attached = probes
-        change.loop.call_soon_threadsafe(change.done.set_result, None)
+        change.succeed()
 
     def _rows(self) -> list[Row]:
         """All rows that may still be fed."""
@@ -323,5 +337,13 @@ class _Change:
         self.probes, self.meter, self.loop = probes, meter, loop
         self.done: asyncio.Future[None] = loop.create_future()
 
+    def succeed(self) -> None:
+        self._tell(lambda: self.done.set_result(None))
+
     def fail(self, error: EngineDeadError) -> None:
-        self.loop.call_soon_threadsafe(self.done.set_exception, error)
+        self._tell(lambda: self.done.set_exception(error))
+
+    def _tell(self, end: Callable[[], None]) -> None:
+        """Nothing when nobody waits any more: cancelled, or with its loop gone."""
+        with suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(lambda: None if self.done.done() else end())

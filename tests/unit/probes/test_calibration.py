@@ -91,6 +91,13 @@ def test_operating_points_never_exceed_their_rate(negatives, positives):
         assert (high >= point.threshold).mean() == point.recall
 
 
+def test_no_number_lies_between_two_neighbours():
+    """Their mean rounds to the lower one, and every tie at it would be flagged."""
+    low, high = 1 - 2**-52, 1 - 2**-53
+    points = choose_operating_points(np.array([low] * 50), np.array([high]))
+    assert [(p.threshold, p.false_positive_rate, p.recall) for p in points] == [(high, 0, 1)] * 3
+
+
 def test_operating_points_use_the_rate_that_is_allowed():
     """A threshold that flags nothing also keeps every rate."""
     negatives = np.linspace(0, 0.9, 30)

@@ -128,6 +128,17 @@ async def test_every_known_answer_is_read_through_the_engine() -> None:
     assert [request.token_ids for request in engine.asked] == [(1, 2), (3, 4, 5)]
 
 
+async def test_a_context_that_holds_no_known_answer_is_a_sentence() -> None:
+    """Prevents: a traceback for `--max-model-len 40`, and a reload that ends in silence."""
+    probe = fake_probe()
+    engine = FakeEngine(probes=[probe])
+    answers = build([(1,) * (engine.card.max_model_len + 1)], lambda ids: [(0.0, 0.0)] * len(ids))
+    with pytest.raises(
+        KnownAnswerError, match=r"texts of up to \d+ tokens.* raise --max-model-len"
+    ):
+        await check_probes(engine, [with_answers(probe, answers)], suppression=True)
+
+
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
 @pytest.mark.parametrize(
     ("change", "reason"),

@@ -33,7 +33,7 @@ FAMILIES: dict[str, Callable[[], hf.PretrainedConfig]] = {
     "mistral": lambda: hf.MistralConfig(**GROUPS, sliding_window=16),
     "qwen2": lambda: hf.Qwen2Config(**GROUPS),
     "qwen3": lambda: hf.Qwen3Config(**GROUPS, head_dim=8),
-    "gemma2": lambda: hf.Gemma2Config(**GROUPS, **WINDOW),
+    "gemma2": lambda: hf.Gemma2Config(**GROUPS, **WINDOW, attn_logit_softcapping=2.0),
     "gemma3": lambda: hf.Gemma3TextConfig(**{**GROUPS, **WINDOW, "num_hidden_layers": 7}),
     "phi3": lambda: hf.Phi3Config(**GROUPS),
     "olmo2": lambda: hf.Olmo2Config(**GROUPS),
@@ -72,6 +72,8 @@ def test_rows_that_come_and_go_compute_what_they_compute_alone(family):
     plain = make_model(family)
     model = copy.deepcopy(plain)
     use_batch_attention(model)
+    if family == "gemma2":
+        plain.set_attn_implementation("eager")  # the library's sdpa leaves the cap out
     forward = Forward(model, None)
     prompts = [random_tokens(count, seed) for seed, count in enumerate((50, 1, 7, 33))]
     with torch.inference_mode():
@@ -103,6 +105,43 @@ def test_rows_that_come_and_go_compute_what_they_compute_alone(family):
             assert cache.lengths == [len(row) for row in rows]
             if step % 4 == 1:
                 assert_as_alone(logits, plain, rows)
+
+
+def test_buffers_hold_no_more_than_rows_can():
+    """One long prompt made every row half as long again as the context, for good."""
+    model = make_model("llama")
+    forward = Forward(model, None, longest=300)
+    with torch.inference_mode():
+        read = forward.new_cache(1)
+        forward([random_tokens(299, 0)], read, [TAP])
+        cache = forward.new_cache()
+        cache.admit(read, 0)
+        assert cache.states(0)[0][0].shape[1] == 299
+        assert cache._layers[0].keys.shape[2] == 512  # 300, in steps of 256
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("masked", ["added", "bool", "causal"])
+def test_capped_scores_are_those_of_gemma(tokens, masked):
+    from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+
+    torch.manual_seed(1)
+    query, key, value = (
+        3 * torch.randn(3, heads, n, 8) for heads, n in ((6, tokens), (2, 9), (2, 9))
+    )
+    allowed = torch.ones(3, 1, tokens, 9, dtype=torch.bool).tril(9 - tokens)
+    if masked != "causal":
+        allowed &= torch.rand(3, 1, tokens, 9) > 0.3
+        allowed[..., 0] = True
+    added = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
+    module = torch.nn.Module().eval()
+    module.num_key_value_groups, module.head_dim = 3, 8
+    expected, _ = eager_attention_forward(
+        module, query, key, value, added, softcap=2.0, scaling=0.3
+    )
+    mask = {"added": added, "bool": allowed, "causal": None}[masked]
+    found, _ = attend(module, query, key, value, mask, softcap=2.0, scaling=0.3)
+    torch.testing.assert_close(found, expected)
 
 
 def test_grouped_attention_is_used_where_heads_share_keys():

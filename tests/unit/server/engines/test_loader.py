@@ -164,6 +164,20 @@ def test_an_unknown_dtype_is_refused(tiny_folder):
             num_key_value_heads=2,
             layer_types=["conv", "full_attention"],
         ),
+        lambda: hf.Gemma3nTextConfig(
+            vocab_size=96,
+            vocab_size_per_layer_input=96,
+            hidden_size=32,
+            hidden_size_per_layer_input=8,
+            intermediate_size=48,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            layer_types=["full_attention"] * 4,
+            num_kv_shared_layers=2,
+            laurel_rank=4,
+        ),
     ],
 )
 def test_models_without_plain_keys_and_values_are_refused(

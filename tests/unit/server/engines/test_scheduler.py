@@ -179,6 +179,46 @@ def test_nonfinite_logits_end_only_their_own_request(make_scheduler, forward, re
     assert failure.code == "nonfinite_logits"
 
 
+def test_what_overflowed_is_not_kept_for_others(make_scheduler, forward, request_of):
+    """Its keys are NaN, and would be the beginning of whatever is asked next."""
+    scheduler = make_scheduler()
+    beginning = list(range(10, 34))
+    forward.poison = 9
+    run(scheduler, [Row(request_of([*beginning, 9], 3), Tap())])
+    assert scheduler._prefixes.tokens == 0
+    run(scheduler, [Row(request_of([*beginning, 8], 3), Tap())])
+    assert scheduler._prefixes.tokens == 25
+
+
+def test_an_empty_batch_gives_its_memory_back(make_scheduler, request_of):
+    """It is as wide as the longest answer and as tall as the busiest hour."""
+    scheduler = make_scheduler()
+    for _ in range(2):
+        scheduler.add([Row(request_of([5, 6], 4), Tap()) for _ in range(3)])
+        step(scheduler)
+        assert scheduler._cache.allocated
+        run(scheduler)
+        assert not scheduler._cache.allocated
+
+
+def test_a_prompt_that_is_read_does_not_wait(make_scheduler, forward, request_of, monkeypatch):
+    """The queue looked full for as long as a pass took, and refused who had room."""
+    scheduler = make_scheduler()
+    scheduler.add([Row(request_of([5] * 20, 2), Tap())])
+    seen = []
+    whole = forward.__call__
+
+    def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append((scheduler.running, scheduler.waiting, scheduler.waiting_tokens))
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(
+        WatchedForward, "__call__", lambda _, *args, **kwargs: watched(*args, **kwargs)
+    )
+    step(scheduler)
+    assert seen[0] == (1, 0, 0)
+
+
 def test_scores_and_generations_share_a_pass(make_scheduler, forward, request_of):
     """Scoring must take the production path, and must not wait for a pass of its own."""
     score = Row(ScoreRequest(request_id="s", token_ids=(5, 6, 7), start=1, probe="p"), Tap())

@@ -6,6 +6,7 @@ import asyncio
 import math
 import threading
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 import torch
@@ -231,6 +232,48 @@ async def test_closing_ends_streams_with_a_sentence_and_the_thread(make_engine, 
     with pytest.raises(EngineDeadError, match="closed"):
         await anext(engine.generate(request_of([5], 1)))
     assert not engine.health().alive
+
+
+async def test_closing_leaves_no_thread_of_the_loop_waiting(make_engine, request_of):
+    """asyncio waits for the threads of its executor before it ends: one that joined a pass that
+    hangs kept a dead server alive, and its supervisor from starting another."""
+    engine = make_engine()
+    await anext(engine.generate(request_of([5], 4)))
+    hangs, step = threading.Event(), engine._scheduler.step
+
+    def hanging() -> Any:
+        hangs.wait()
+        return step()
+
+    engine._scheduler.step = hanging
+    running = asyncio.ensure_future(anext(engine.generate(request_of([5], 4))))
+    await asyncio.sleep(0.05)
+    before = threading.active_count()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(engine.aclose(), 0.2)
+    assert threading.active_count() == before
+    hangs.set()
+    await asyncio.wait({running})
+    await engine.aclose()
+    assert not engine._thread.is_alive()
+
+
+async def test_contributions_are_computed_where_they_are_wanted(make_engine, monkeypatch):
+    """Each one stops every stream for a moment; a long prompt has thousands of tokens."""
+    engine = make_engine()
+    asked, contributions = [], engine._forward.contributions
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs["column"])
+        return contributions(*args, **kwargs)
+
+    monkeypatch.setattr(engine._forward, "contributions", counted)
+    ids = tuple(3 + i % 90 for i in range(100))
+    request = ScoreRequest(request_id="s", token_ids=ids, start=97, probe="first", contributors=2)
+    readings = await engine.score(request)
+    assert [reading.position for reading in readings] == [96, 97, 98, 99]
+    assert all(len(reading.contributions) == 2 for reading in readings)
+    assert len(asked) == 4
 
 
 async def test_a_failing_meter_never_ends_a_request(make_engine, request_of, collect, monkeypatch):
