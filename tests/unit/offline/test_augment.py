@@ -147,7 +147,10 @@ def more(data: Dataset, tmp_path: Path) -> Dataset:
 
 def with_more(data: Dataset, folder: Path, **header: object) -> Dataset:
     own = [a for a in data.answers if a.gold]
-    answers = [msgspec.structs.replace(a, id=f"{a.question_id}/told") for a in own]
+    answers = [
+        msgspec.structs.replace(a, id=f"{a.question_id}/told", question=f"{a.question} then")
+        for a in own
+    ]
     labels = [_label(a.id, ("wrong", "right")[i % 2]) for i, a in enumerate(answers)]
     rows = 2 * len(answers)
     like = data.features.header

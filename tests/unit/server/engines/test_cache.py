@@ -110,14 +110,16 @@ def test_rows_that_come_and_go_compute_what_they_compute_alone(family):
 def test_buffers_hold_no_more_than_rows_can():
     """One long prompt made every row half as long again as the context, for good."""
     model = make_model("llama")
-    forward = Forward(model, None, longest=300)
+    forward = Forward(model, None, longest=410)
     with torch.inference_mode():
         read = forward.new_cache(1)
-        forward([random_tokens(299, 0)], read, [TAP])
+        forward([random_tokens(400, 0)], read, [TAP])
         cache = forward.new_cache()
         cache.admit(read, 0)
-        assert cache.states(0)[0][0].shape[1] == 299
-        assert cache._layers[0].keys.shape[2] == 512  # 300, in steps of 256
+        assert cache.states(0)[0][0].shape[1] == 400
+        assert (
+            cache._layers[0].keys.shape[2] == 512
+        )  # 410, in steps of 256; half as much again is 768
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
