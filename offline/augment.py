@@ -5,7 +5,7 @@ within the run, of questions of its fit part; nothing is chosen, calibrated or j
 
 samples  the questions asked again at a temperature: what is neither said already nor surplus
 told     statements that nobody sampled: the question completed by its accepted answer, and by what
-         another row of the same relation accepts
+         another row of the same relation accepts; each answer as often rightly as wrongly
 
 The token head does not see them: it learned to tell wrong from right claims a little better and
 claims from everything else worse (docs/decisions/two-heads.md).
@@ -14,7 +14,7 @@ claims from everything else worse (docs/decisions/two-heads.md).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ import msgspec
 
 from offline.choice import WRONG_PER_RIGHT, balance
 from offline.collect import Sampling
+from offline.dataset import AUGMENTED, OF
 from offline.questions import Question, question_of, shuffle_key
 from offline.records import (
     Answer,
@@ -37,7 +38,7 @@ from offline.splits import Split, assign
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SAMPLES, TOLD = "augmented/samples", "augmented/told"
+SAMPLES, TOLD = AUGMENTED
 TEMPERATURE = 0.7
 STATEMENTS = "complete"  # the style whose questions an answer makes a sentence of
 SHORT = ("complete", "answer_only")  # asked again: sentences cost most and add least
@@ -58,15 +59,27 @@ def sampling(samples: int, seed: int, max_tokens: int | None) -> Sampling:
 
 
 def questions_of_fit(answers: Sequence[Answer], split: Split) -> list[Question]:
-    """Questions of the fit part that are answered in few words."""
-    return [question_of(a) for a in _fitted(answers, split) if a.style in SHORT]
+    """Questions of the fit part that are answered in few words; RecordError without any."""
+    found = [question_of(a) for _, a in _fitted(answers, split) if a.style in SHORT]
+    if not found:
+        raise RecordError(
+            f"--more-samples asks questions of the styles {', '.join(SHORT)} again, and there is "
+            f"none to fit on; leave it out"
+        )
+    return found
 
 
 def keep_new(run: Path, folder: Path) -> None:
     """Drop from the labels of `folder` what repeats a text of the run, or an earlier sample, and
-    what is then surplus."""
+    what is then surplus. RecordError when another judge has labelled them, or none is left."""
     header, answers, said, labels = read_labelled(folder)
-    texts = {(answer.question_id, answer.text) for answer in read_labelled(run).answers}
+    own = read_labelled(run)
+    if said["judge"] != own.settings["judge"]:
+        raise RecordError(
+            f"the samples were judged by {said['judge']}, the answers by {own.settings['judge']}; "
+            f"give `augment` the --judge that `label` had"
+        )
+    texts = {(answer.question_id, answer.text) for answer in own.answers}
     by_id = {answer.id: answer for answer in answers}
     kept: list[Label] = []
     for label in labels:
@@ -81,7 +94,12 @@ def keep_new(run: Path, folder: Path) -> None:
         wrong_per_right=WRONG_PER_RIGHT,
         right_per_wrong=0.0,
     )
-    said = said | {"wrong_per_right": str(WRONG_PER_RIGHT)}
+    if all(label.dropped for label in kept):
+        raise RecordError(
+            f"{len(kept)} further samples gave no right answer that is new; delete {folder} and "
+            f"leave --more-samples out"
+        )
+    said = said | {"wrong_per_right": str(WRONG_PER_RIGHT), OF: sha256(run / "labels.jsonl")}
     made = msgspec.structs.replace(header, kind="labels", settings=said)
     write_records(folder / "labels.jsonl", made, kept)
 
@@ -98,6 +116,7 @@ def tell(run: Path, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     path = folder / "answers.jsonl"
     write_records(path, header, [answer for answer, _ in told])
     settings = {**said, "answers_sha256": sha256(path), "judge": "none", "spans": "none"}
+    settings[OF] = sha256(run / "labels.jsonl")
     made = msgspec.structs.replace(header, kind="labels", settings=settings)
     write_records(folder / "labels.jsonl", made, [label for _, label in told])
 
@@ -108,21 +127,39 @@ def is_told(answer: Answer) -> bool:
 
 
 def _told(
-    answers: Sequence[Answer], tokenizer: PreTrainedTokenizerBase
+    answers: Iterable[tuple[str, Answer]], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[Answer, Label]]:
-    """A wrong answer is as common among wrong ones as among right ones: it is drawn row by row, or
-    rarity alone would tell them apart."""
-    relations: dict[tuple[str, str], list[Answer]] = defaultdict(list)
-    for answer in answers:
-        if answer.style == STATEMENTS:
-            relations[answer.source, answer.group].append(answer)
+    """Of `(unit, answer)`: only where a relation is the unit, or what is held out of a fold would
+    stand in a wrong statement that is fitted on."""
+    relations: dict[str, list[Answer]] = defaultdict(list)
+    for unit, row in answers:
+        if row.style == STATEMENTS and row.group and "/" in unit:  # a question has lost its "/"
+            relations[unit].append(row)
     for rows in relations.values():
-        for row in rows:
-            others = [o.gold[0] for o in rows if not set(o.gold) & set(row.gold)]
+        for row, said in _exchanged(rows):
             yield _statement(row, row.gold[0], "right", tokenizer)
-            if others:
-                draw = int(shuffle_key(f"told/{row.question_id}"), 16)
-                yield _statement(row, others[draw % len(others)], "wrong", tokenizer)
+            yield _statement(row, said, "wrong", tokenizer)
+
+
+def _exchanged(rows: Sequence[Answer]) -> Iterator[tuple[Answer, str]]:
+    """Rows of a relation, each with another one's answer: every answer as often as it is right, or
+    rarity alone would tell wrong from right. Of an answer that most rows have, the surplus is left
+    out: nobody could take it.
+
+    Rows that stand sorted by their answers, moved on by as many as the commonest answer has, meet
+    another answer.
+    """
+    by_answer: dict[str, list[Answer]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: shuffle_key(f"told/{row.question_id}")):
+        by_answer[row.gold[0]].append(row)
+    most = max(len(same) for same in by_answer.values())
+    most = min(most, len(rows) - most)
+    order = sorted(by_answer, key=lambda said: shuffle_key(f"told/{rows[0].group}/{said}"))
+    kept = [row for said in order for row in by_answer[said][:most]]
+    for i, row in enumerate(kept):
+        said = kept[(i + most) % len(kept)].gold[0]
+        if said not in row.gold:
+            yield row, said
 
 
 def _statement(
@@ -135,12 +172,12 @@ def _statement(
     return answer, Label(id=id, verdict=verdict, span=(), tokens=(), others=(), dropped="")
 
 
-def _fitted(answers: Sequence[Answer], split: Split) -> list[Answer]:
-    """An answer of each question of the fit part, in the order of their ids."""
-    _, parts = assign(answers, split)
+def _fitted(answers: Sequence[Answer], split: Split) -> list[tuple[str, Answer]]:
+    """`(unit, answer)` of each question of the fit part, in the order of their ids."""
+    units, parts = assign(answers, split)
     of_question = {
         answer.question_id: answer
         for answer in answers
         if answer.gold and parts[answer.id] == "fit"
     }
-    return [answer for _, answer in sorted(of_question.items())]
+    return [(units[answer.id], answer) for _, answer in sorted(of_question.items())]

@@ -1,7 +1,7 @@
 """What a probe must beat: detectors that are free, and other readers of the same pass.
 
-All are oriented: higher = more likely hallucinated. Fitted ones see the rows of part `fit` that the
-probe's head saw, and choose their penalty on one fold of it.
+All are oriented: higher = more likely hallucinated. Fitted ones see what the probe's head saw, and
+choose their penalty on one fold of the part `fit`: as the probe does, by the run's own answers.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from offline.features import Features, FloatArray, IntArray
 from offline.fit_result import FitResult
 from offline.l1_path import standardise
 from offline.metrics import Bools, Floats, has_both, rank
+from offline.records import RecordError
 from offline.shards import WHOLE, Kind
 from offline.splits import folds
 
 RANDOM = "random neurons, as many"
 RANDOM_DRAWS = 20
 PENALTIES = (3.0, 0.3, 0.03, 0.003, 0.0003)  # L2, per example, on standardised features
-JITTER = 1e-5  # of a row's length: equal rows, and float32, leave the factor without a last digit
+# Of a row's length: equal rows, more rows than columns, and float32 leave no last digits.
+JITTERS = (1e-5, 1e-4, 1e-3, 1e-2)
 BLOCK_ROWS = 4096  # that are read at a time
 
 _LOWER_IS_WORSE = ("logprob_mean", "logprob_min", "logprob_sum")
@@ -100,16 +102,17 @@ def answer_detectors(
     """
     fitted = data.answered(*FITTED)
     wrong, units = data.hallucinated(fitted), data.unit[data.first[fitted]].tolist()
+    own = fitted < data.own
     detectors = {
         **whole_statistics(data, answers),
         "words of the question": _words(data, answers, with_answer=False),
         "words of question and answer": _words(data, answers, with_answer=True),
     }
     for layer in data.features.header.residual_layers:
-        model = _dense(_residual_means(data, fitted, layer), wrong, units)
+        model = _dense(_residual_means(data, fitted, layer), wrong, units, own=own)
         scores = model.read(_residual_means(data, answers, layer))
         detectors[f"residual layer {layer}, dense"] = scores
-    detectors["CETT of all neurons, dense"] = _dense_cett(seen, asked, wrong, units)
+    detectors["CETT of all neurons, dense"] = _dense_cett(seen, asked, wrong, units, own)
     return detectors
 
 
@@ -120,10 +123,11 @@ def random_answer_neurons(
     random = np.random.default_rng(result.settings.seed)
     fitted = data.answered(*FITTED)
     wrong, units = data.hallucinated(fitted), data.unit[data.first[fitted]].tolist()
+    own = fitted < data.own
     scores = []
     for _ in range(RANDOM_DRAWS):
         columns = random.choice(data.features.width, len(result.chosen.columns), replace=False)
-        model = _dense(seen[:, columns].astype(np.float32), wrong, units)
+        model = _dense(seen[:, columns].astype(np.float32), wrong, units, own=own)
         scores.append(model.read(asked[:, columns].astype(np.float32)))
     return np.array(scores)
 
@@ -164,21 +168,35 @@ def _residual_means(data: Dataset, answers: IntArray, layer: int) -> FloatArray:
     return np.asfortranarray(sums / sizes[:, None].astype(np.float32))
 
 
-def _dense_cett(seen: Stored, asked: Stored, wrong: Bools, units: list[str]) -> Floats:
+def _dense_cett(seen: Stored, asked: Stored, wrong: Bools, units: list[str], own: Bools) -> Floats:
     """Every neuron: far more columns than rows, so the fit is done in the span of the rows, where
     the solution of an L2 fit lies. The Cholesky factor of their inner products has their
     coordinates there; an eigendecomposition gives the same fit and takes ten times as long."""
-    from scipy.linalg import cholesky, solve_triangular
+    from scipy.linalg import solve_triangular
 
     x = np.asfortranarray(seen, dtype=np.float32)
     mean, scale = standardise(x)
-    products = (x @ x.T).astype(np.float64)
-    products[np.diag_indices(len(x))] *= 1 + JITTER
-    root = cholesky(products, lower=True, overwrite_a=True)
+    root = _factor((x @ x.T).astype(np.float64))
     across = (x @ ((asked.astype(np.float32) - mean) / scale).T).astype(np.float64)
-    turned = solve_triangular(root, across, lower=True, overwrite_b=True).T
-    model = _dense(root.astype(np.float32), wrong, units, scaled=False)
-    return model.read(turned.astype(np.float32))
+    del x
+    turned = solve_triangular(root, across, lower=True).T.astype(np.float32)
+    model = _dense(root.astype(np.float32), wrong, units, scaled=False, own=own)
+    return model.read(turned)
+
+
+def _factor(products: Floats) -> Floats:
+    """The Cholesky factor of inner products, with as little added to the rows as lets it exist."""
+    from scipy.linalg import LinAlgError, cholesky
+
+    at, lengths = np.diag_indices(len(products)), products.diagonal().copy()
+    for jitter in JITTERS:
+        products[at] = lengths * (1 + jitter) + jitter * lengths.mean()
+        try:
+            root: Floats = cholesky(products, lower=True)
+        except LinAlgError:
+            continue
+        return root
+    raise RecordError("the inner products of the neurons are no such thing: are features finite?")
 
 
 def _dense(
@@ -188,9 +206,10 @@ def _dense(
     *,
     weight: IntArray | None = None,
     scaled: bool = True,
+    own: Bools | None = None,
 ) -> _Fitted:
     """L2 logistic regression; the penalty is the best on one fold of the units, the largest where
-    no fold can rank."""
+    no fold can rank. own: the rows that may judge; None: all"""
     from sklearn.linear_model import LogisticRegression
 
     x = np.asfortranarray(x)
@@ -202,15 +221,19 @@ def _dense(
         return LogisticRegression(C=c, max_iter=300).fit(x, wrong[rows], each[rows])
 
     fold = np.array(folds(units, 4, seed=0))
-    telling = [n for n in range(4) if has_both(wrong[fold == n]) and has_both(wrong[fold != n])]
+    judging = np.ones(len(x), dtype=np.bool_) if own is None else own
+    telling = [
+        n for n in range(4) if has_both(wrong[(fold == n) & judging]) and has_both(wrong[fold != n])
+    ]
     best = PENALTIES[0]
     if telling:
         out = fold == telling[0]
         # In rows, as scikit-learn wants them: it would copy them again for each penalty.
-        inside, outside = np.ascontiguousarray(x[~out]), np.ascontiguousarray(x[out])
+        asked = out & judging
+        inside, outside = np.ascontiguousarray(x[~out]), np.ascontiguousarray(x[asked])
 
         def merit(penalty: float) -> float:
-            return rank(wrong[out], fitted(inside, ~out, penalty).decision_function(outside))
+            return rank(wrong[asked], fitted(inside, ~out, penalty).decision_function(outside))
 
         best = max(PENALTIES, key=merit)
     model = fitted(x, np.ones(len(x), dtype=np.bool_), best)

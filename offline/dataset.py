@@ -21,6 +21,7 @@ T = TypeVar("T", Answer, Label)
 
 # Runs within a run, of which only the answer head is fitted (offline/augment.py).
 AUGMENTED = ("augmented/samples", "augmented/told")
+OF = "of_labels_sha256"  # in their labels: which labels of the run they were made for
 FITTED: tuple[Part, ...] = ("fit", "augmented")  # the parts that an answer head is fitted on
 
 
@@ -121,7 +122,12 @@ def load_dataset(run: Path, split: Split | None = None) -> Dataset:
     home = {a.question_id: units[a.id] for a in answers if parts[a.id] == "fit"}
     for name in AUGMENTED:
         if (run / name / "labels.jsonl").exists():
-            features, (_, answers, _, labels) = _load(run / name)
+            features, (_, answers, said, labels) = _load(run / name)
+            if said.get(OF) != data.features.header.labels_sha256:
+                raise RecordError(
+                    f"{run / name} was made for other labels than {run} holds, or is not finished; "
+                    f"`augment` again, or delete it"
+                )
             data = augmented(data, name, features, answers, labels, home)
     return data
 

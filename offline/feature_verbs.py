@@ -207,24 +207,28 @@ def augment(
     device_map: DeviceMap = None,
     residual_layer: ResidualLayers = None,
     seed: Seed = 0,
+    paper: Paper = False,
     max_tokens: MaxTokens = None,
     in_flight: InFlight = 32,
 ) -> None:
     """Make more answers to fit the answer head on: further samples, and told statements."""
     from offline import augment as verb
-    from offline.collect import ask_all
+    from offline.collect import PAPER, ask_all
     from offline.models import load_tokenizer
     from offline.records import read_labelled
     from offline.splits import Split
 
     verb.require_asked(out, samples=more_samples, told=told)
+    if not (more_samples or told):
+        return
     _, answers, said, _ = read_labelled(out)
     split = Split.of(said)
     if more_samples:
         samples = out / verb.SAMPLES
+        longest = max_tokens or (PAPER.max_tokens if paper else None)
         ask_all(
             model, samples, verb.questions_of_fit(answers, split),
-            verb.sampling(more_samples, seed, max_tokens), base_url=base_url,
+            verb.sampling(more_samples, seed, longest), base_url=base_url,
             served_model=served_model, revision=revision, in_flight=in_flight,
             model_dtype=model_dtype, api_key=os.environ.get("OPENAI_API_KEY"),
         )  # fmt: skip

@@ -77,7 +77,8 @@ def make_examples(data: Dataset, settings: FitSettings) -> dict[str, Examples]:
     if data.augmented:
         raise RecordError(
             f"--design {settings.design} is fitted on claims of the model's own answers, and the "
-            f"run holds {' and '.join(data.augmented)}; delete them, or fit with --design tokens"
+            f"run holds {' and '.join(data.augmented)}; delete these folders in it, or fit with "
+            f"--design tokens"
         )
     return {TOKEN: claim_examples(data, around=settings.design == "3-vs-1")}
 

@@ -122,7 +122,11 @@ class FitResult(Record, frozen=True, kw_only=True):
     def check(self, data: Dataset) -> None:
         """RecordError unless it was fitted on these features."""
         if (self.features, self.augmented) != (data.features.header, data.augmented):
-            raise RecordError("fit.json was made of other features than there are; `fit` again")
+            raise RecordError(
+                f"fit.json was made of other features than there are, or with other answers beside "
+                f"them ({', '.join(self.augmented) or 'none'}; now "
+                f"{', '.join(data.augmented) or 'none'}); `fit` again"
+            )
 
     @classmethod
     def load(cls, path: Path) -> FitResult:

@@ -163,6 +163,7 @@ def training_facts(run: Path, result: FitResult, data: Dataset) -> dict[str, str
     }
     if data.augmented:
         facts["augmented by"] = _augmented_by(data)
+        facts |= {f"{name}, labels_sha256": digest for name, digest in data.augmented.items()}
     tokens = data.features.kind[mixture(data, "fit")] == Kind.WRONG
     responses = response_mixture(data, "fit")[1]
     facts["calibrated on"] = (

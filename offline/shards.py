@@ -51,11 +51,13 @@ class FeaturesHeader(Record, frozen=True, kw_only=True):
 
     def check_alike(self, like: FeaturesHeader, name: str) -> None:
         """RecordError unless both were read in one way; their labels are each one's own."""
-        if msgspec.structs.replace(self, labels_sha256=like.labels_sha256) != like:
-            raise RecordError(
-                f"the features of {name} were read otherwise than those of the answers (model, "
-                f"position, dtype or layers); run their verb again"
-            )
+        for field in self.__struct_fields__:
+            here, there = getattr(self, field), getattr(like, field)
+            if field != "labels_sha256" and here != there:
+                raise RecordError(
+                    f"the features of {name} were read otherwise than those of the answers: "
+                    f"{field} is {here!r}, theirs {there!r}; delete {name} and make it again"
+                )
 
 
 class ShardInfo(Record, frozen=True, kw_only=True):

@@ -97,12 +97,12 @@ def transfer(probe: Probe, sibling: LoadedModel, run: Path, *, own: LoadedModel 
         )
     tested = {
         answer.id: str(data.unit[first])
-        for answer, first in zip(data.answers, data.first[:-1], strict=True)
+        for answer, first in zip(data.answers[: data.own], data.first, strict=False)
         if data.part[first] == "test"
     }
     items = make_items(
-        [answer for answer in data.answers if answer.id in tested],
-        [label for label in data.labels if label.id in tested],
+        [answer for answer in data.answers[: data.own] if answer.id in tested],
+        [label for label in data.labels[: data.own] if label.id in tested],
         end_tokens=sibling.end_tokens,
     )
     folder = run / "transfer" / Path(sibling.identity.model_id).name

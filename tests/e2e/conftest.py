@@ -44,6 +44,19 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
+def statements(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """10 relations of 2 questions that accept one answer each: what can be told wrongly."""
+    rows = [
+        {"id": f"s{g}-{i}", "question": f"The s{g} of e{i} is", "answers": [said], "group": f"s{g}"}
+        for g in range(10)
+        for i, said in enumerate(RIGHT[:2])
+    ]
+    path = tmp_path_factory.mktemp("statements") / "statements.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Texts with one right and one wrong fact each, in the form of RefChecker."""
     rows = [

@@ -63,6 +63,7 @@ def written(run: Path, header: Header, answers: Sequence[Answer], verdicts: Sequ
     write_records(run / "answers.jsonl", header, answers)
     labels = [_label(a.id, verdict) for a, verdict in zip(answers, verdicts, strict=True)]
     said = {"answers_sha256": sha256(run / "answers.jsonl"), "transfer": "", "split_seed": "0"}
+    said["judge"] = "alias"
     made = msgspec.structs.replace(header, kind="labels", settings=said)
     write_records(run / "labels.jsonl", made, labels)
 
@@ -167,7 +168,7 @@ def with_more(data: Dataset, folder: Path, **header: object) -> Dataset:
             "entropy": torch.zeros(rows),
             "answer": torch.arange(len(answers)).repeat_interleave(2).int(),
             "token": torch.tensor([0, 1]).repeat(len(answers)).int(),
-            "kind": torch.full((rows,), int(Kind.UNJUDGED), dtype=torch.uint8),
+            "kind": torch.tensor([Kind.WRONG, Kind.RIGHT] * len(answers), dtype=torch.uint8),
             "whole": torch.zeros((len(answers), len(WHOLE))),
         },
         folder / "shard-00000.safetensors",
