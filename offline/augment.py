@@ -110,7 +110,8 @@ def tell(run: Path, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     told = list(_told(_fitted(answers, Split.of(said)), tokenizer))
     if not told:
         raise RecordError(
-            f"--told needs questions of the style {STATEMENTS}, and {run} has none to fit on"
+            f"--told needs questions of the style {STATEMENTS} to fit on, in ten relations or more "
+            f"with different answers, and {run} has none; leave it out"
         )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "answers.jsonl"

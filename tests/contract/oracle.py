@@ -153,6 +153,8 @@ def make_folder(family: Family, folder: Path, dtype: str) -> None:
 def reference_of(folder: Path, down: str, *, transposed: bool) -> Reference:
     model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     model.eval().requires_grad_(False)
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # the library's sdpa leaves the cap out
     layers = model.config.num_hidden_layers
     downs = [model.get_submodule(down.format(layer)) for layer in range(layers)]
     return Reference(model, downs, transposed)

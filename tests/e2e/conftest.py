@@ -77,7 +77,9 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(questions: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_model(
+    questions: tuple[Path, Path], statements: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Folder of a Llama that answers half of the questions wrongly."""
     facts, prompts = questions
     pairs = [
@@ -87,6 +89,10 @@ def tiny_model(questions: tuple[Path, Path], tmp_path_factory: pytest.TempPathFa
     pairs += [
         (p.prompt, f" {PROSE[i % 3]}")
         for i, p in enumerate(read_questions(Source.parse(f"{prompts}:ordinary")))
+    ]
+    pairs += [
+        (q.prompt, f" {q.question} {(q.gold[0], WRONG[0])[i % 2]}.")
+        for i, q in enumerate(read_questions(Source.parse(f"{statements}:complete")))
     ]
     tokenizer = _tokenizer(pairs)
     model = _trained(tokenizer, pairs)

@@ -99,6 +99,7 @@ def test_twenty_kills_leave_no_trace(
     server: str,
     tiny_model: Path,
     questions: tuple[Path, Path],
+    statements: Path,
     given: Path,
     tmp_path: Path,
 ) -> None:
@@ -112,7 +113,8 @@ def test_twenty_kills_leave_no_trace(
             *("train", str(tiny_model), "--out", str(out), "--name", "tiny"),
             *("--questions", f"{facts}:complete", "--questions", f"{prompts}:ordinary"),
             *("--given", f"{given}:refchecker", "--best-of", "2"),
-            *("--told", "--more-samples", "2", "--base-url", server),
+            *("--questions", f"{statements}:complete", "--told", "--more-samples", "2"),
+            *("--base-url", server),
             *("--solver", "liblinear", "--in-flight", "8"),
             until=until,
         )

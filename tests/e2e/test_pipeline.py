@@ -41,6 +41,7 @@ from probes.tap import Meter
 def run(
     tiny_model: Path,
     questions: tuple[Path, Path],
+    statements: Path,
     given: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
@@ -49,15 +50,8 @@ def run(
     out = tmp_path_factory.mktemp("run") / "tiny"
     arguments = ["train", str(tiny_model), "--out", str(out), "--name", "tiny"]
     arguments += ["--questions", f"{facts}:complete", "--questions", f"{prompts}:ordinary"]
-    arguments += [
-        "--given",
-        f"{given}:refchecker",
-        "--best-of",
-        "3",
-        "--more-samples",
-        "2",
-        "--told",
-    ]
+    arguments += ["--given", f"{given}:refchecker", "--best-of", "3", "--more-samples", "2"]
+    arguments += ["--questions", f"{statements}:complete", "--told"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "RESAMPLES", 20)  # the intervals are not what is tested here
         result = CliRunner().invoke(app, [*arguments, "--solver", "liblinear"])
@@ -70,14 +64,14 @@ def test_answers_come_over_http_and_are_labelled_with_their_claims(
 ) -> None:
     _, answers = read_records(run / "answers.jsonl", Answer)
     _, labels = read_records(run / "labels.jsonl", Label)
-    assert len(answers) == len(labels) == 181
+    assert len(answers) == len(labels) == 201
     verdicts = [label.verdict for label in labels if not label.dropped]
     assert verdicts.count("right") > 50
     assert verdicts.count("wrong") > 50
     assert verdicts.count("ordinary") == 21
-    text = {answer.id: answer.text for answer in answers}
+    text = {answer.id: answer.text for answer in answers if answer.source == "facts"}
     for label in labels:
-        if label.verdict == "wrong" and not label.dropped:
+        if label.id in text and label.verdict == "wrong" and not label.dropped:
             assert all(text[label.id][slice(*span)] not in right_answers for span in label.span)
 
 
@@ -110,9 +104,10 @@ def test_questions_of_the_test_part_are_asked_again_for_best_of_n(run: Path) -> 
 def test_the_answer_head_is_fitted_on_more_than_was_said_first(run: Path) -> None:
     """Of questions of the fit part alone, and the card says how many."""
     data = load_dataset(run)
-    asked = {data.answers[i].question_id for i in data.answered("fit")}
+    unit = data.unit[data.first[:-1]]
     added = data.answered("augmented")
-    assert {data.answers[i].question_id for i in added} <= asked
+    assert set(unit[added].tolist()) <= set(unit[data.answered("fit")].tolist())
+    assert not set(unit[added].tolist()) & set(unit[data.answered("test")].tolist())
     told = [i for i in added if "/told " in data.answers[i].id]
     assert 0 < len(told) < len(added)
     result = FitResult.load(run / "fit.json")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -13,12 +15,14 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
 from offline import augment
+from offline.baselines import _factor, answer_detectors
 from offline.crossvalidate import outer_splits
-from offline.dataset import Dataset, augmented
-from offline.examples import answer_examples, token_examples
+from offline.dataset import FITTED, OF, Dataset, augmented, load_dataset
+from offline.examples import answer_examples, answer_means, token_examples
 from offline.features import load_features
 from offline.fit import make_examples
 from offline.fit_result import FitSettings
+from offline.metrics import Bools, Floats, rank
 from offline.records import (
     Answer,
     Header,
@@ -58,12 +62,19 @@ def answers(make_answer: MakeAnswer) -> list[Answer]:
     ]
 
 
-def written(run: Path, header: Header, answers: Sequence[Answer], verdicts: Sequence[str]) -> None:
+def written(
+    run: Path,
+    header: Header,
+    answers: Sequence[Answer],
+    verdicts: Sequence[str],
+    judge: str = "alias",
+    **settings: str,
+) -> None:
     run.mkdir(parents=True, exist_ok=True)
     write_records(run / "answers.jsonl", header, answers)
     labels = [_label(a.id, verdict) for a, verdict in zip(answers, verdicts, strict=True)]
     said = {"answers_sha256": sha256(run / "answers.jsonl"), "transfer": "", "split_seed": "0"}
-    said["judge"] = "alias"
+    said |= {"judge": judge, **settings}
     made = msgspec.structs.replace(header, kind="labels", settings=said)
     write_records(run / "labels.jsonl", made, labels)
 
@@ -89,12 +100,93 @@ def test_each_statement_of_the_fit_is_told_rightly_and_wrongly(
         assert label.tokens == label.others == ()  # nobody claimed it
 
 
+def test_an_answer_is_told_as_often_wrongly_as_rightly(
+    tmp_path: Path, make_answer: MakeAnswer, header: Header, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """A common answer would be right more often than wrong: no look at the model is needed."""
+    said = ["Rome"] * 5 + ["Oslo", "Oslo", "Lima"]
+    answers = [
+        make_answer(
+            question=f"The r{g} of x{i} is",
+            gold=(one,),
+            group=f"r{g}",
+            source="wiki",
+            id=f"wiki/complete/q{g}-{i}/0",
+        )
+        for g in range(12)
+        for i, one in enumerate(said if g % 2 else ["Rome"] * 3)
+    ]
+    written(tmp_path, header, answers, ["right"] * len(answers))
+    augment.tell(tmp_path, tmp_path / NAME, tokenizer)
+    _, told, _, labels = read_labelled(tmp_path / NAME)
+    counts = {"right": Counter[str](), "wrong": Counter[str]()}
+    for answer, label in zip(told, labels, strict=True):
+        counts[label.verdict][f"{answer.group} {answer.text.split()[-1]}"] += 1
+    assert counts["right"] == counts["wrong"]
+    groups = {key.split()[0] for key in counts["right"]}
+    assert groups
+    assert all(int(group[1:]) % 2 for group in groups)  # one answer alone cannot be wrong
+    for group in groups:
+        assert counts["right"][f"{group} Rome."] == 3  # of five: nobody else could take more
+
+
+def test_questions_that_are_units_themselves_are_not_told(
+    tmp_path: Path, answers: list[Answer], header: Header, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """A fold that holds one out would meet its answer in another one's wrong statement."""
+    few = [a for a in answers if a.group in ("r0", "r1")]
+    written(tmp_path, header, few, ["right"] * len(few))
+    with pytest.raises(RecordError, match="in ten relations or more"):
+        augment.tell(tmp_path, tmp_path / NAME, tokenizer)
+
+
+def test_samples_by_another_judge_or_without_anything_new_are_refused(
+    tmp_path: Path, answers: list[Answer], header: Header
+) -> None:
+    folder = tmp_path / augment.SAMPLES
+    first = answers[0]
+    written(tmp_path, header, [first], ["right"])
+    written(folder, header, [first], ["right"])
+    with pytest.raises(RecordError, match="1 further samples gave no right answer that is new"):
+        augment.keep_new(tmp_path, folder)
+    written(folder, header, [first], ["right"], judge="llm")
+    with pytest.raises(RecordError, match="by llm, the answers by alias; give `augment` the"):
+        augment.keep_new(tmp_path, folder)
+
+
+def test_a_run_whose_questions_take_sentences_is_not_asked_again(answers: list[Answer]) -> None:
+    with pytest.raises(RecordError, match="--more-samples asks questions of the styles complete"):
+        augment.questions_of_fit([a for a in answers if a.style == "ask"], SPLIT)
+
+
+@pytest.mark.parametrize("made_for", ["", "0" * 64])
+def test_what_was_made_for_other_labels_is_refused(
+    tmp_path: Path,
+    header: Header,
+    answers: list[Answer],
+    monkeypatch: pytest.MonkeyPatch,
+    made_for: str,
+) -> None:
+    """Labels of another judge or split: a question of it may be in the test by now."""
+    written(tmp_path, header, answers, ["right"] * len(answers))
+    written(tmp_path / NAME, header, answers, ["right"] * len(answers), **{OF: made_for})
+    own = SimpleNamespace(
+        split=SPLIT, features=SimpleNamespace(header=SimpleNamespace(labels_sha256="own"))
+    )
+    monkeypatch.setattr("offline.dataset.join", lambda *_: own)
+    monkeypatch.setattr("offline.dataset._load", lambda run: (None, read_labelled(run)))
+    with pytest.raises(RecordError, match="made for other labels than"):
+        load_dataset(tmp_path)
+
+
 def test_without_a_statement_there_is_nothing_to_tell(
     tmp_path: Path, answers: list[Answer], header: Header, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     asked = [a for a in answers if a.style == "ask"]
     written(tmp_path, header, asked, ["right"] * len(asked))
-    with pytest.raises(RecordError, match="--told needs questions of the style complete"):
+    with pytest.raises(
+        RecordError, match=r"--told needs questions of the style complete .* leave it out"
+    ):
         augment.tell(tmp_path, tmp_path / NAME, tokenizer)
 
 
@@ -215,6 +307,36 @@ def test_only_the_answer_head_sees_them(data: Dataset, more: Dataset) -> None:
     wrong = [more.labels[i].hallucinated for i in more.answered("augmented")]
     assert after.positive[seven].tolist() == wrong
     assert np.array_equal(token_examples(more, SETTINGS).x, token_examples(data, SETTINGS).x)
+
+
+def test_rivals_choose_by_the_answers_of_the_run(
+    more: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the probe does. By told statements, most of a fold, they would choose worse."""
+    judged: list[int] = []
+
+    def watched(wrong: Bools, score: Floats) -> float:
+        judged.append(len(wrong))
+        return rank(wrong, score)
+
+    monkeypatch.setattr("offline.baselines.rank", watched)
+    tested, own = more.answered("test"), more.answered("fit")
+    seen, asked = answer_means(more, more.answered(*FITTED)), answer_means(more, tested)
+    scores = answer_detectors(more, tested, seen=seen, asked=asked)
+    assert np.isfinite(scores["CETT of all neurons, dense"]).all()
+    assert judged
+    assert max(judged) < len(own) / 3  # a fold is a quarter of them; with what augments it, half
+
+
+@pytest.mark.parametrize(("rows", "width"), [(60, 400), (300, 40)])
+def test_a_factor_has_the_inner_products_of_the_rows(rows: int, width: int) -> None:
+    """More rows than columns, and a factor that they share: no Cholesky factor without help."""
+    random = np.random.default_rng(0)
+    x = (random.gamma(2.0, 1.0, (rows, width)) + 20 * random.random((rows, 1))).astype("f4")
+    x[1] = x[0]
+    products = (x @ x.T).astype(np.float64)
+    root = _factor(products.copy())
+    assert np.abs(root @ root.T - products).max() <= 1e-3 * products.max()
 
 
 def test_the_papers_designs_refuse_them(more: Dataset) -> None:
