@@ -121,11 +121,13 @@ class FitResult(Record, frozen=True, kw_only=True):
 
     def check(self, data: Dataset) -> None:
         """RecordError unless it was fitted on these features."""
-        if (self.features, self.augmented) != (data.features.header, data.augmented):
+        if self.features != data.features.header:
+            raise RecordError("fit.json was made of other features than there are; `fit` again")
+        if self.augmented != data.augmented:
             raise RecordError(
-                f"fit.json was made of other features than there are, or with other answers beside "
-                f"them ({', '.join(self.augmented) or 'none'}; now "
-                f"{', '.join(data.augmented) or 'none'}); `fit` again"
+                f"fit.json was augmented by {', '.join(self.augmented) or 'nothing'}, and the run "
+                f"holds {', '.join(data.augmented) or 'nothing'}, or what is there has changed; "
+                f"`fit` again"
             )
 
     @classmethod

@@ -548,6 +548,9 @@ def test_files_that_do_not_belong_together_are_refused(data: Dataset, tmp_path: 
     stale = msgspec.structs.replace(result, features=other)
     with pytest.raises(RecordError, match="other features than there are; `fit` again"):
         evaluate(data, stale)
+    more = dataclasses.replace(data, augmented={"augmented/told": "digest"})
+    with pytest.raises(RecordError, match="augmented by nothing, and the run holds augmented/told"):
+        evaluate(more, result)
 
 
 def test_a_baseline_chooses_its_penalty_where_both_classes_are(
