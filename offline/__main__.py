@@ -15,7 +15,8 @@ from typing import Any
 
 import typer
 
-from offline.feature_verbs import augment, collect, extract, label, resample
+from offline.feature_verbs import collect, extract, label
+from offline.inner_verbs import augment, resample
 from offline.probe_verbs import evaluate, fit, publish, report
 from offline.records import RecordError
 from offline.run_folder import holds_run

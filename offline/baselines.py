@@ -18,15 +18,13 @@ from offline.features import Features, FloatArray, IntArray
 from offline.fit_result import FitResult
 from offline.l1_path import standardise
 from offline.metrics import Bools, Floats, has_both, rank
-from offline.records import RecordError
 from offline.shards import WHOLE, Kind
 from offline.splits import folds
 
 RANDOM = "random neurons, as many"
 RANDOM_DRAWS = 20
 PENALTIES = (3.0, 0.3, 0.03, 0.003, 0.0003)  # L2, per example, on standardised features
-# Of a row's length: equal rows, more rows than columns, and float32 leave no last digits.
-JITTERS = (1e-5, 1e-4, 1e-3, 1e-2)
+JITTER = 1e-5  # of a row's length, and of their mean: equal rows and float32 leave no last digits
 BLOCK_ROWS = 4096  # that are read at a time
 
 _LOWER_IS_WORSE = ("logprob_mean", "logprob_min", "logprob_sum")
@@ -185,18 +183,13 @@ def _dense_cett(seen: Stored, asked: Stored, wrong: Bools, units: list[str], own
 
 
 def _factor(products: Floats) -> Floats:
-    """The Cholesky factor of inner products, with as little added to the rows as lets it exist."""
-    from scipy.linalg import LinAlgError, cholesky
+    """The Cholesky factor of inner products, of rows that stand off each other by a jitter."""
+    from scipy.linalg import cholesky
 
-    at, lengths = np.diag_indices(len(products)), products.diagonal().copy()
-    for jitter in JITTERS:
-        products[at] = lengths * (1 + jitter) + jitter * lengths.mean()
-        try:
-            root: Floats = cholesky(products, lower=True)
-        except LinAlgError:
-            continue
-        return root
-    raise RecordError("the inner products of the neurons are no such thing: are features finite?")
+    lengths = products.diagonal().copy()
+    products[np.diag_indices(len(products))] = lengths * (1 + JITTER) + JITTER * lengths.mean()
+    root: Floats = cholesky(products, lower=True)
+    return root
 
 
 def _dense(

@@ -114,10 +114,9 @@ def outer_splits(data: Dataset, settings: FitSettings, count: int) -> Iterator[D
         parts = home.copy()
         parts[judged] = np.where(fold == number, "test", "fit")
         tested = np.isin(text, text[parts == "test"])
-        tested |= np.isin(unit, unit[parts == "test"])
         parts[tested & np.isin(parts, FITTED)] = "excluded"
-        left = np.isin(unit, unit[parts == "fit"])  # what has no answer of the run itself
-        parts[(parts == "augmented") & ~left] = "excluded"
+        fitted = np.isin(unit, unit[parts == "fit"])
+        parts[(parts == "augmented") & ~fitted] = "excluded"
         yield replace(data, part=parts[data.features.answer])
 
 

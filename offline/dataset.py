@@ -118,17 +118,17 @@ def load_dataset(run: Path, split: Split | None = None) -> Dataset:
     runs within it that `augment` made; RecordError when they do not belong together."""
     features, (_, answers, said, labels) = _load(run)
     data = join(features, answers, labels, split or Split.of(said))
-    units, parts = assign(answers, data.split)
-    home = {a.question_id: units[a.id] for a in answers if parts[a.id] == "fit"}
-    for name in AUGMENTED:
-        if (run / name / "labels.jsonl").exists():
-            features, (_, answers, said, labels) = _load(run / name)
-            if said.get(OF) != data.features.header.labels_sha256:
-                raise RecordError(
-                    f"{run / name} was made for other labels than {run} holds, or is not finished; "
-                    f"`augment` again, or delete it"
-                )
-            data = augmented(data, name, features, answers, labels, home)
+    found = [name for name in AUGMENTED if (run / name / "labels.jsonl").exists()]
+    units, parts = assign(answers, data.split) if found else ({}, {})
+    home = {id.rsplit("/", 1)[0]: units[id] for id, part in parts.items() if part == "fit"}
+    for name in found:
+        features, (_, answers, said, labels) = _load(run / name)
+        if said.get(OF) != data.features.header.labels_sha256:
+            raise RecordError(
+                f"{run / name} was made for other labels than {run} holds, or is not finished; "
+                f"`augment` again, or delete it"
+            )
+        data = augmented(data, name, features, answers, labels, home)
     return data
 
 

@@ -6,14 +6,12 @@ Libraries are imported where they are needed: `--help` must not wait for torch.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import msgspec
 
 from offline.options import (
     Agree,
     BaseURL,
-    BestOf,
     DeviceMap,
     Dtype,
     Given,
@@ -24,7 +22,6 @@ from offline.options import (
     MaxTokens,
     Model,
     ModelDtype,
-    MoreSamples,
     Paper,
     PartOfShards,
     Position,
@@ -39,7 +36,6 @@ from offline.options import (
     Spans,
     SplitSeed,
     Temperature,
-    Told,
     TopK,
     TopP,
     Transfer,
@@ -187,119 +183,3 @@ def extract(
                 ),
                 part=share,
             )
-
-
-@holds_run
-def augment(
-    model: Model,
-    out: Run,
-    more_samples: MoreSamples = 0,
-    told: Told = False,
-    base_url: BaseURL = None,
-    served_model: ServedModel = None,
-    revision: Revision = None,
-    judge: JudgeName = "alias",
-    judge_url: JudgeURL = None,
-    judge_model: JudgeModel = None,
-    position: Position = "read",
-    dtype: Dtype = "float16",
-    model_dtype: ModelDtype = "auto",
-    device_map: DeviceMap = None,
-    residual_layer: ResidualLayers = None,
-    seed: Seed = 0,
-    paper: Paper = False,
-    max_tokens: MaxTokens = None,
-    in_flight: InFlight = 32,
-) -> None:
-    """Make more answers to fit the answer head on: further samples, and told statements."""
-    from offline import augment as verb
-    from offline.collect import PAPER, ask_all
-    from offline.models import load_tokenizer
-    from offline.records import read_labelled
-    from offline.splits import Split
-
-    verb.require_asked(out, samples=more_samples, told=told)
-    if not (more_samples or told):
-        return
-    _, answers, said, _ = read_labelled(out)
-    split = Split.of(said)
-    if more_samples:
-        samples = out / verb.SAMPLES
-        longest = max_tokens or (PAPER.max_tokens if paper else None)
-        ask_all(
-            model, samples, verb.questions_of_fit(answers, split),
-            verb.sampling(more_samples, seed, longest), base_url=base_url,
-            served_model=served_model, revision=revision, in_flight=in_flight,
-            model_dtype=model_dtype, api_key=os.environ.get("OPENAI_API_KEY"),
-        )  # fmt: skip
-        _label_whole(model, samples, revision, judge, judge_url, judge_model, in_flight, split.seed)
-        verb.keep_new(out, samples)
-        extract(model, samples, revision, position, dtype, model_dtype, device_map, residual_layer)
-    if told:
-        verb.tell(out, out / verb.TOLD, load_tokenizer(model, revision=revision).tokenizer)
-        extract(
-            model, out / verb.TOLD, revision, position, dtype, model_dtype, device_map,
-            residual_layer,
-        )  # fmt: skip
-
-
-@holds_run
-def resample(
-    model: Model,
-    out: Run,
-    best_of: BestOf = 0,
-    base_url: BaseURL = None,
-    served_model: ServedModel = None,
-    revision: Revision = None,
-    judge: JudgeName = "alias",
-    judge_url: JudgeURL = None,
-    judge_model: JudgeModel = None,
-    position: Position = "read",
-    dtype: Dtype = "float16",
-    model_dtype: ModelDtype = "auto",
-    device_map: DeviceMap = None,
-    residual_layer: ResidualLayers = None,
-    seed: Seed = 0,
-    paper: Paper = False,
-    max_tokens: MaxTokens = None,
-    in_flight: InFlight = 32,
-) -> None:
-    """Ask some test questions several times: what choosing among samples gains."""
-    from offline import best_of as verb
-    from offline.collect import PAPER, ask_all
-    from offline.records import read_labelled
-    from offline.splits import Split
-
-    if not best_of:
-        return
-    _, answers, said, labels = read_labelled(out)
-    split = Split.of(said)
-    again = verb.questions_again(answers, labels, split)
-    samples = out / verb.FOLDER
-    longest = max_tokens or (PAPER.max_tokens if paper else None)
-    ask_all(
-        model, samples, again, verb.sampling(best_of, seed, longest), base_url=base_url,
-        served_model=served_model, revision=revision, in_flight=in_flight, model_dtype=model_dtype,
-        api_key=os.environ.get("OPENAI_API_KEY"),
-    )  # fmt: skip
-    _label_whole(model, samples, revision, judge, judge_url, judge_model, in_flight, split.seed)
-    extract(model, samples, revision, position, dtype, model_dtype, device_map, residual_layer)
-
-
-def _label_whole(
-    model: str,
-    samples: Path,
-    revision: str | None,
-    judge: str,
-    judge_url: str | None,
-    judge_model: str | None,
-    in_flight: int,
-    split_seed: int,
-) -> None:
-    """Whole answers: nobody looks for their claims, and what does so is not asked."""
-    label(
-        model, samples, revision, judge=judge,
-        judge_url=judge_url if judge == "llm" else None,
-        judge_model=judge_model if judge in ("llm", "nli") else None,
-        agree=0, wrong_per_right=0.0, in_flight=in_flight, split_seed=split_seed,
-    )  # fmt: skip

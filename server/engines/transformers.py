@@ -13,7 +13,6 @@ import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +33,7 @@ from server.engines.base import (
     probe_index,
 )
 from server.engines.forward import Forward, Tap
+from server.engines.probe_change import ProbeChange
 from server.engines.row import Row
 from server.engines.scheduler import Scheduler
 from server.engines.streams import Item, Stream, deliver
@@ -72,7 +72,7 @@ class TransformersEngine:
         self._card, self._tokenizer, self._probes = card, tokenizer, tuple(probes)
         self._attached = self._probes  # what the meter reads: these, and those on their way out
         self._make_meter = make_meter
-        self._change: _Change | None = None  # wanted, not made yet
+        self._change: ProbeChange | None = None  # wanted, not made yet
         self._max_num_seqs = max_num_seqs
         self._max_waiting_requests = max_waiting_requests
         self._max_waiting_tokens = max_waiting_tokens
@@ -162,7 +162,7 @@ class TransformersEngine:
         if self._make_meter is None or self._meter is None:
             raise ProbeError("this server was started without a probe and cannot get one later")
         meter = await asyncio.to_thread(self._make_meter, probes)
-        change = _Change(probes, meter, asyncio.get_running_loop())
+        change = ProbeChange(probes, meter, asyncio.get_running_loop())
         with self._wake:
             if self._dead or self._closing:
                 raise EngineDeadError(self._dead or "the engine is closed")
@@ -283,7 +283,7 @@ class TransformersEngine:
             self._inbox = []
             return not self._closing
 
-    def _change_over(self, change: _Change) -> None:
+    def _change_over(self, change: ProbeChange) -> None:
         """Between two passes: the new meter takes the old one's place, rows find their probe."""
         assert self._meter is not None
         ids = [probe.id for probe in change.probes]
@@ -326,24 +326,3 @@ class TransformersEngine:
             except RuntimeError:  # the loop was closed under its requests: nobody waits any more
                 for stream, _ in items:
                     self._abort(stream)
-
-
-class _Change:
-    """Other probes, and who waits until they are read."""
-
-    def __init__(
-        self, probes: tuple[Probe, ...], meter: Meter, loop: asyncio.AbstractEventLoop
-    ) -> None:
-        self.probes, self.meter, self.loop = probes, meter, loop
-        self.done: asyncio.Future[None] = loop.create_future()
-
-    def succeed(self) -> None:
-        self._tell(lambda: self.done.set_result(None))
-
-    def fail(self, error: EngineDeadError) -> None:
-        self._tell(lambda: self.done.set_exception(error))
-
-    def _tell(self, end: Callable[[], None]) -> None:
-        """Nothing when nobody waits any more: cancelled, or with its loop gone."""
-        with suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(lambda: None if self.done.done() else end())

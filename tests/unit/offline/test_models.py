@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from offline.models import load_model, load_tokenizer, short_name
 from offline.records import FILES
@@ -98,3 +103,35 @@ def test_a_hub_id_has_a_commit_and_a_folder_a_digest_of_its_weights(
     assert load_tokenizer(str(folder), revision=None).revision not in ("", digest)
     (folder / "model.safetensors").unlink()
     assert load_tokenizer(str(folder), revision=None).revision == ""
+
+
+def test_scores_that_a_model_caps_are_capped_when_it_is_read(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Gemma 2's. The library's default attention leaves the cap out, and other neurons fire."""
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        attn_logit_softcapping=1.0,
+    )
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_model(
+        str(tmp_path), revision=None, tokenizer=load_tokenizer(str(tmp_path), revision=None)
+    ).model
+    ids = torch.arange(3, 20)[None]
+    with torch.inference_mode():
+        found, default = loaded(ids).logits, model(ids).logits
+        model.set_attn_implementation("eager")
+        capped = model(ids).logits
+    torch.testing.assert_close(found, capped)
+    assert (found - default).abs().max() > 0.01
