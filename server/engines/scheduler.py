@@ -135,11 +135,12 @@ class Scheduler:
         steps = self._write(
             [rows[i] for i in writing], logits[writing], [readings[i] for i in writing]
         )
-        finite = torch.isfinite(logits.sum(-1, dtype=torch.float32)).tolist()
         for i in read:
+            prompt = rows[i].prompt
+            worth = len(prompt) - prefill.start >= WORTH_SHARING and self._prefixes.takes(prompt)
             # Keys and values that overflowed would spread to everybody who begins alike.
-            if finite[i] and len(rows[i].prompt) - prefill.start >= WORTH_SHARING:
-                self._prefixes.keep(rows[i].salt, rows[i].prompt, prefill.cache, i)
+            if worth and logits[i].isfinite().all():
+                self._prefixes.keep(rows[i].salt, prompt, prefill.cache, i)
         for i, (row, step) in zip(writing, steps, strict=True):
             if _goes_on(step):
                 self._cache.admit(prefill.cache, i)
